@@ -1,0 +1,120 @@
+"""Sparse autoencoders that read, see and steer what a FLUX.1 text-to-image transformer represents.
+
+Names are imported when first asked for, so that `import fluxsae` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fluxsae.activations import ActivationData, TokenBatch
+    from fluxsae.analysis.alive import AliveStatistics
+    from fluxsae.analysis.attributes import Attributes
+    from fluxsae.analysis.coherence import Coherence
+    from fluxsae.analysis.overlays import Overlays
+    from fluxsae.analysis.scores_writer import ScoresWriter
+    from fluxsae.analysis.steering_effects import SteeringEffects
+    from fluxsae.analysis.steering_grids import SteeringGrids
+    from fluxsae.analysis.top_images import TopImages
+    from fluxsae.capture import FluxCapture, PromptData
+    from fluxsae.features import Feature, Selection, read_features, update_features
+    from fluxsae.flux.generate import generate
+    from fluxsae.flux.intervene import intervene
+    from fluxsae.flux.load import load_pipeline
+    from fluxsae.flux.record import Tape, record
+    from fluxsae.prompts import Prompt, read_prompts
+    from fluxsae.sae.checkpoint import load_sae, save_sae
+    from fluxsae.sae.coder import L1, SAE, TopK
+    from fluxsae.scoring import ImageScores, SAEScoring, Scores
+    from fluxsae.shards.read import ShardSet
+    from fluxsae.shards.verify import verify
+    from fluxsae.spec import CaptureSpec, GenerationSpec, Site, parse_site, token_grid
+    from fluxsae.steering import FluxSteering
+    from fluxsae.training import SAETraining
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "fluxsae.activations": ("ActivationData", "TokenBatch"),
+    "fluxsae.analysis.alive": ("AliveStatistics",),
+    "fluxsae.analysis.attributes": ("Attributes",),
+    "fluxsae.analysis.coherence": ("Coherence",),
+    "fluxsae.analysis.overlays": ("Overlays",),
+    "fluxsae.analysis.scores_writer": ("ScoresWriter",),
+    "fluxsae.analysis.steering_effects": ("SteeringEffects",),
+    "fluxsae.analysis.steering_grids": ("SteeringGrids",),
+    "fluxsae.analysis.top_images": ("TopImages",),
+    "fluxsae.capture": ("FluxCapture", "PromptData"),
+    "fluxsae.features": ("Feature", "Selection", "read_features", "update_features"),
+    "fluxsae.flux.generate": ("generate",),
+    "fluxsae.flux.intervene": ("intervene",),
+    "fluxsae.flux.load": ("load_pipeline",),
+    "fluxsae.flux.record": ("Tape", "record"),
+    "fluxsae.prompts": ("Prompt", "read_prompts"),
+    "fluxsae.sae.checkpoint": ("load_sae", "save_sae"),
+    "fluxsae.sae.coder": ("L1", "SAE", "TopK"),
+    "fluxsae.scoring": ("ImageScores", "SAEScoring", "Scores"),
+    "fluxsae.shards.read": ("ShardSet",),
+    "fluxsae.shards.verify": ("verify",),
+    "fluxsae.spec": ("CaptureSpec", "GenerationSpec", "Site", "parse_site", "token_grid"),
+    "fluxsae.steering": ("FluxSteering",),
+    "fluxsae.training": ("SAETraining",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "L1",
+    "SAE",
+    "ActivationData",
+    "AliveStatistics",
+    "Attributes",
+    "CaptureSpec",
+    "Coherence",
+    "Feature",
+    "FluxCapture",
+    "FluxSteering",
+    "GenerationSpec",
+    "ImageScores",
+    "Overlays",
+    "Prompt",
+    "PromptData",
+    "SAEScoring",
+    "SAETraining",
+    "Scores",
+    "ScoresWriter",
+    "Selection",
+    "ShardSet",
+    "Site",
+    "SteeringEffects",
+    "SteeringGrids",
+    "Tape",
+    "TokenBatch",
+    "TopImages",
+    "TopK",
+    "generate",
+    "intervene",
+    "load_pipeline",
+    "load_sae",
+    "parse_site",
+    "read_features",
+    "read_prompts",
+    "record",
+    "save_sae",
+    "token_grid",
+    "update_features",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

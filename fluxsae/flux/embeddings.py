@@ -1,0 +1,87 @@
+"""Prompt embeddings, each prompt encoded once and kept on disk.
+
+Legend: B batch, L text tokens, E their width, P pooled width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import FluxPipeline
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fluxsae.storage import hash_json, whole_file
+
+
+class PromptEmbeddings(NamedTuple):
+    """What FLUX reads of prompts: T5's token states and CLIP's pooled state."""
+
+    prompt: Float[Tensor, "B L E"]
+    pooled: Float[Tensor, "B P"]
+
+
+@torch.no_grad()
+def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str], text_length: int) -> PromptEmbeddings:
+    """Embeddings of `prompts`, cut or padded to `text_length` tokens.
+
+    Each prompt is encoded by itself, so that its embedding does not depend on the others to the last bit.
+    """
+    parts = [pipe.encode_prompt(prompt, max_sequence_length=text_length)[:2] for prompt in prompts]
+    return PromptEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+class EmbeddingCache:
+    """Encodes each prompt once; with a folder also across runs and processes.
+
+    Args:
+        folder: where embeddings are kept, a safetensors file a prompt; with None those of the last call are kept in
+            memory, which suffices where repetitions of a prompt follow one another.
+        pipe: whose text encoders are used.
+        model_hash: the identity of its weights, `fluxsae.flux.load.weights_identity`.
+        text_length: text tokens a prompt.
+    """
+
+    def __init__(self, folder: Path | None, pipe: FluxPipeline, model_hash: str, text_length: int) -> None:
+        self._folder = folder
+        self._pipe = pipe
+        self._text_length = text_length
+        self._identity = [model_hash, text_length, str(pipe.text_encoder_2.dtype)]
+        self._latest: dict[str, PromptEmbeddings] = {}
+
+    def get(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """The embeddings of `prompts`, in order, on the CPU."""
+        self._latest = {prompt: self._latest.get(prompt) or self._one(prompt) for prompt in dict.fromkeys(prompts)}
+        parts = [self._latest[prompt] for prompt in prompts]
+        return PromptEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    def _one(self, prompt: str) -> PromptEmbeddings:
+        if self._folder is None:
+            return self._encode(prompt)
+        path = self._folder / f"{hash_json([*self._identity, prompt])}.safetensors"
+        found = _read(path)
+        if found is None:
+            found = self._encode(prompt)
+            with whole_file(path) as temporary:
+                save_file(found._asdict(), temporary)
+        return found
+
+    def _encode(self, prompt: str) -> PromptEmbeddings:
+        encoded = encode_prompts(self._pipe, [prompt], self._text_length)
+        return PromptEmbeddings(encoded.prompt.cpu().contiguous(), encoded.pooled.cpu().contiguous())
+
+
+def _read(path: Path) -> PromptEmbeddings | None:
+    """A damaged file is as good as none: it is made again."""
+    if not path.exists():
+        return None
+    try:
+        tensors = load_file(path)
+        return PromptEmbeddings(tensors["prompt"], tensors["pooled"])
+    except (SafetensorError, KeyError):
+        return None

@@ -1,0 +1,112 @@
+"""Generates images with diffusers' own pipeline, so that an image depends on its prompt and seed and not on its batch.
+
+Legend: B batch, T tokens an image, C latent channels of a token, L text tokens, E their width, P pooled width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxPipeline
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from fluxsae.flux.embeddings import PromptEmbeddings, encode_prompts
+from fluxsae.spec import check_step, token_grid
+
+
+class Generated(NamedTuple):
+    """Latents as the transformer sees them (2×2 patches), after the last step that ran, and pictures where wanted."""
+
+    latents: Float[Tensor, "B T C"]
+    images: list[Image.Image] | None
+
+
+def initial_noise(
+    seeds: Sequence[int], height: int, width: int, channels: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "B T C"]:
+    """Gaussian noise for images of height × width pixels, each drawn in float32 from a CPU generator of its own.
+
+    `channels` are those of the autoencoder; an image token holds a 2×2 patch of them. The noise of a seed is the same
+    in any batch, on any device and, up to rounding, in any dtype.
+    """
+    rows, columns = token_grid(height, width)
+    shape = (1, channels, 2 * rows, 2 * columns)
+    latents = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return FluxPipeline._pack_latents(latents, len(seeds), channels, 2 * rows, 2 * columns).to(dtype)
+
+
+def generate(
+    pipe: FluxPipeline,
+    prompts: Sequence[str] | PromptEmbeddings,
+    seeds: Sequence[int],
+    *,
+    height: int,
+    width: int,
+    n_steps: int,
+    guidance: float,
+    text_length: int,
+    images: bool = True,
+    last_step: int | None = None,
+) -> Generated:
+    """One image for each pair of a prompt and a seed.
+
+    With `last_step` the sampler stops after that step, and what it leaves is unfinished: `images` must be False.
+    Raises ValueError for sizes that are no multiples of 16, a step beyond the schedule, or fewer seeds than prompts.
+    """
+    token_grid(height, width)
+    if last_step is not None:
+        check_step(last_step, n_steps)
+        if images:
+            raise ValueError(f"an image needs all {n_steps} steps, but last_step is {last_step}; set images to False.")
+    if not isinstance(prompts, PromptEmbeddings):
+        prompts = encode_prompts(pipe, list(prompts), text_length)
+    if len(prompts.prompt) != len(seeds):
+        raise ValueError(f"there are {len(prompts.prompt)} prompts but {len(seeds)} seeds; give each prompt its seed.")
+    latents: Tensor = pipe(
+        latents=initial_noise(seeds, height, width, pipe.transformer.config.in_channels // 4, pipe.transformer.dtype),
+        prompt_embeds=prompts.prompt.to(pipe._execution_device, pipe.transformer.dtype),
+        pooled_prompt_embeds=prompts.pooled.to(pipe._execution_device, pipe.transformer.dtype),
+        height=height,
+        width=width,
+        num_inference_steps=n_steps,
+        guidance_scale=guidance,
+        max_sequence_length=text_length,
+        output_type="latent",
+        callback_on_step_end=None if last_step is None else _stop_after(last_step),
+    ).images
+    return Generated(latents, decode_latents(pipe, latents, height, width) if images else None)
+
+
+@torch.no_grad()
+def decode_latents(pipe: FluxPipeline, latents: Float[Tensor, "B T C"], height: int, width: int) -> list[Image.Image]:
+    """The pictures of finished latents, as the pipeline itself would return them."""
+    config = pipe.vae.config
+    unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
+    unpacked = unpacked / config.scaling_factor + config.shift_factor
+    return pipe.image_processor.postprocess(pipe.vae.decode(unpacked, return_dict=False)[0], output_type="pil")
+
+
+def time_shift(scheduler: Any, n_tokens: int) -> float:
+    """The time shift that the pipeline sets on `scheduler` for images of `n_tokens` tokens (Esser et al. 2024)."""
+    config = scheduler.config
+    if not config.use_dynamic_shifting:
+        return float(config.shift)
+    mu = calculate_shift(
+        n_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    return math.exp(mu) if config.time_shift_type == "exponential" else mu
+
+
+def _stop_after(last_step: int) -> Callable[[FluxPipeline, int, Any, dict[str, Any]], dict[str, Any]]:
+    def at_step_end(pipe: FluxPipeline, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step >= last_step:
+            pipe._interrupt = True  # diffusers' own switch: the remaining steps are passed over
+        return values
+
+    return at_step_end

@@ -1,0 +1,136 @@
+"""Loads a FLUX pipeline from a folder or the hub, and says which weights it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+ENDS = 1 << 20
+"""Bytes read at either end of a weight file to tell it from another; its header says the rest."""
+
+
+def load_pipeline(
+    model: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> FluxPipeline:
+    """The `FluxPipeline` in a diffusers folder, or of a hub id such as `black-forest-labs/FLUX.1-dev`.
+
+    `dtype` is float32 on a CPU and bfloat16 elsewhere unless given. Images are by default of the size that the
+    autoencoder was made for. Raises FileNotFoundError when `model` is neither a pipeline folder nor a hub id.
+    """
+    device = torch.device(device)
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    pipe = _from_pretrained(model, dtype=dtype)
+    pipe.default_sample_size = pipe.vae.config.sample_size // pipe.vae_scale_factor
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        part.requires_grad_(False).eval()
+    return pipe.to(device)
+
+
+def load_frame(model: str | Path) -> FluxPipeline:
+    """The pipeline without weights: its scheduler and tokenizers."""
+    return _from_pretrained(model, transformer=None, vae=None, text_encoder=None, text_encoder_2=None)
+
+
+def transformer_skeleton(model: str | Path) -> FluxTransformer2DModel:
+    """The transformer's modules without weights, on the meta device."""
+    config = FluxTransformer2DModel.load_config(str(model_folder(model)), subfolder="transformer")
+    with torch.device("meta"):
+        return FluxTransformer2DModel.from_config(config)
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of a pipeline: `model` itself, or where the files of that hub id are kept, fetched when absent.
+
+    Raises FileNotFoundError when there is neither. What looks like a path is never asked of the hub.
+    """
+    folder = Path(model).expanduser()
+    if not (folder.is_dir() or _looks_like_path(str(model))):
+        return _from_hub(str(model))
+    if not (folder / "model_index.json").is_file():
+        what = f"{folder} has no model_index.json" if folder.is_dir() else f"there is no folder {folder}"
+        raise FileNotFoundError(
+            f"{what}, so no FLUX can be loaded from it; name a diffusers pipeline folder, "
+            "or a hub id such as black-forest-labs/FLUX.1-dev."
+        )
+    return folder
+
+
+def weights_identity(model: str | Path) -> str:
+    """A hash of the weights in `model`: of each weight file its name, size, and first and last MiB; of each config all.
+
+    Reading 24 GB to name them would take longer than many captures; the safetensors header lies in the first MiB.
+    A folder copied from the hub is the same model as the hub's.
+    """
+    folder = model_folder(model)
+    digest = hashlib.sha256()
+    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in _identity_files(folder)):
+        digest.update(f"{name} {path.stat().st_size}\n".encode())
+        digest.update(_ends(path))
+    return digest.hexdigest()
+
+
+def _looks_like_path(model: str) -> bool:
+    return model.startswith((".", "~", os.sep)) or model.count("/") != 1 or os.path.exists(model.split("/")[0])
+
+
+def _from_hub(hub_id: str) -> Path:
+    try:
+        return Path(FluxPipeline.download(hub_id))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{hub_id!r} is no folder here, and the hub gave no such model ({type(error).__name__}); check the name "
+            "and the connection, and for a gated model accept its licence and log in with `hf auth login`."
+        ) from error
+
+
+def _identity_files(folder: Path) -> list[Path]:
+    """Weights and configs of the parts that an image depends on, and what decides their input: tokenizers, schedule."""
+    parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+    weights = [path for part in parts for path in (folder / part).glob("*.safetensors")]
+    configs = [path for part in parts for path in (folder / part).glob("config.json")]
+    texts = [path for part in ("tokenizer", "tokenizer_2", "scheduler") for path in (folder / part).glob("*")]
+    return [*weights, *configs, *(path for path in texts if path.is_file())]
+
+
+def _ends(path: Path) -> bytes:
+    with path.open("rb") as file:
+        first = file.read(ENDS)
+        file.seek(max(ENDS, path.stat().st_size - ENDS))
+        return first + file.read(ENDS)
+
+
+def _from_pretrained(model: str | Path, **options: Any) -> FluxPipeline:
+    folder = model_folder(model)
+    with _no_progress_bars():
+        return FluxPipeline.from_pretrained(
+            str(folder),
+            local_files_only=True,
+            # Asked for outright, because diffusers would advise to install accelerate at every load without it.
+            low_cpu_mem_usage=find_spec("accelerate") is not None,
+            **options,
+        )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """A bar a file of every part, from two libraries, says nothing that a user waits for."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,99 @@
+"""Reads what modules of the transformer return while a pipeline runs.
+
+Legend: B batch, T tokens an image, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from diffusers import FluxPipeline
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fluxsae.flux.steps import StepCounter, count_steps
+from fluxsae.flux.streams import find_module, read_stream
+from fluxsae.spec import Site, parse_site
+
+Key = tuple[str, int]
+
+
+class Tape(Mapping[Key, Tensor]):
+    """Tokens [B, T, D] by site and step, of the latest call of the pipeline: `tape["transformer_blocks.1.ff", 8]`.
+
+    Sites are written as in `fluxsae.spec`; `"transformer_blocks.1:image"` and `"transformer_blocks.1"` are the same.
+    """
+
+    def __init__(self, sites: Sequence[Site], steps: Sequence[int]) -> None:
+        self._sites = tuple(dict.fromkeys(str(site) for site in sites))
+        self._steps = tuple(sorted(set(steps)))
+        self._tokens: dict[Key, Tensor] = {}
+        self._schedule: int | None = None
+
+    def __getitem__(self, key: tuple[str | Site, int]) -> Float[Tensor, "B T D"]:
+        """KeyError, in one sentence, for what was not asked for and for a step that the schedule did not have."""
+        site, step = str(parse_site(str(key[0]))), key[1]
+        if (site, step) not in self._tokens:
+            raise KeyError(self._why_absent(site, step))
+        return self._tokens[site, step]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def start(self, n_steps: int) -> None:
+        """Forget the last call of the pipeline: another begins."""
+        self._tokens.clear()
+        self._schedule = n_steps
+
+    def put(self, site: Site, step: int, tokens: Float[Tensor, "B T D"]) -> None:
+        self._tokens[str(site), step] = tokens
+
+    def _why_absent(self, site: str, step: int) -> str:
+        if site not in self._sites:
+            return f"site {site!r} was not recorded; recorded are {', '.join(self._sites)}."
+        if step not in self._steps:
+            return f"step {step} was not recorded; recorded are the steps {', '.join(map(str, self._steps))}."
+        if self._schedule is None:
+            return f"nothing was recorded at {site!r}, step {step}: call the pipeline inside the context first."
+        last = self._schedule - 1
+        if not 0 <= step <= last:
+            return f"step {step} never came: the schedule had {self._schedule} steps (0-{last})."
+        return f"step {step} of {self._schedule} never came at {site!r}: the pipeline stopped before it."
+
+
+@contextmanager
+def record(pipe: FluxPipeline, sites: Sequence[str | Site], steps: Sequence[int]) -> Iterator[Tape]:
+    """Record the tokens at `sites` and `steps` of every call of `pipe` inside the context; the tape holds the latest.
+
+    With true classifier-free guidance the pass on the prompt is recorded. A copy is kept, on the transformer's device
+    and in its dtype. Hooks run in the order in which they are entered: the tape holds a site's tokens as an `intervene`
+    entered earlier left them, and from before one entered later.
+
+    Raises ValueError, listing near matches, for a site that is no module or lacks the stream.
+    """
+    parsed = [site if isinstance(site, Site) else parse_site(site) for site in sites]
+    modules = [find_module(pipe.transformer, site) for site in parsed]
+    tape = Tape(parsed, steps)
+    with ExitStack() as stack:
+        counter = stack.enter_context(count_steps(pipe, on_start=tape.start))
+        for site, module in zip(parsed, modules, strict=True):
+            hook = _recorder(tape, counter, site, frozenset(steps))
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield tape
+
+
+def _recorder(
+    tape: Tape, counter: StepCounter, site: Site, steps: frozenset[int]
+) -> Callable[[nn.Module, Any, Any], None]:
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        if counter.step in steps and counter.conditional:
+            # A copy: a view would keep the other stream alive, and later layers may work in place.
+            tokens = read_stream(output, site, counter.n_text).detach().clone()
+            tape.put(site, counter.step, tokens)
+
+    return after

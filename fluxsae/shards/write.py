@@ -1,0 +1,220 @@
+"""Writes a shard set: one tar a shard, whole or absent, the same bytes whoever writes it and however often.
+
+Legend: T tokens an image, D width.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from webdataset import TarWriter
+
+from fluxsae.shards.encoding import decode_tokens, encode_tokens
+from fluxsae.shards.format import (
+    IMAGE,
+    METADATA,
+    RECORD,
+    TOKENS,
+    Kind,
+    SampleRecord,
+    ShardEntry,
+    ShardMetadata,
+    Storage,
+    Sums,
+    merge,
+    parse_spec,
+    read_metadata,
+    sample_key,
+    shard_name,
+    statistics,
+    sums_name,
+)
+from fluxsae.spec import CaptureSpec, GenerationSpec, differences
+from fluxsae.storage import read_json, sha256_file, whole_file, write_json
+
+
+class ShardWriter:
+    """Writes the shards of one set; several processes may each write other shards of the same folder.
+
+    Args:
+        folder: the set's folder, made when absent. ValueError when it holds a finished set of another spec.
+        spec: a `CaptureSpec` for tokens, a `GenerationSpec` for images.
+        kind: "tokens" or "images".
+        storage: how tokens are stored; images are always PNG.
+        images_per_shard: every shard but the last holds this many.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        spec: CaptureSpec | GenerationSpec,
+        kind: Kind = "tokens",
+        storage: Storage = "bf16",
+        images_per_shard: int = 64,
+    ) -> None:
+        self.folder = Path(folder)
+        self.spec = spec
+        self.kind: Kind = kind
+        self.storage: Storage = storage
+        self.images_per_shard = images_per_shard
+        self._open: dict[int, _OpenShard] = {}
+        if (self.folder / METADATA).exists():
+            _refuse_another(read_metadata(self.folder), spec, self._storage_name, self.folder)
+
+    @property
+    def _storage_name(self) -> str:
+        return self.storage if self.kind == "tokens" else IMAGE
+
+    def is_complete(self, shard: int, samples: int | None = None) -> bool:
+        """Whether this shard is on disk, whole, and of this spec (with `samples` images, where that is given)."""
+        path = self.folder / sums_name(shard)
+        tar = self.folder / shard_name(shard)
+        if not (path.exists() and tar.exists()):
+            return False
+        entry, _ = self._read_sums(shard)
+        return entry is not None and entry.bytes == tar.stat().st_size and samples in (None, entry.samples)
+
+    def add(self, shard: int, record: SampleRecord, payload: Float[Tensor, "T D"] | Image.Image) -> None:
+        """Append one image's tokens or picture. ValueError for tokens that are not finite, or images out of order."""
+        tensor = payload if isinstance(payload, Tensor) else None
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"the tokens of image {record.image} (prompt {record.prompt!r}) hold NaN or infinite values; "
+                "use a dtype with a wider range, such as bfloat16 or float32."
+            )
+        data = encode_tokens(tensor, self.storage) if tensor is not None else _encode_image(payload)
+        if shard not in self._open:
+            self._open[shard] = _OpenShard(self.folder / shard_name(shard))
+        self._open[shard].add(record, TOKENS if self.kind == "tokens" else IMAGE, data)
+
+    def close_shard(self, shard: int) -> None:
+        """Put the shard under its name, and beside it what `finalise` needs. ValueError when nothing was added."""
+        if shard not in self._open:
+            raise ValueError(f"shard {shard} of {self.folder} has no samples to close; add its images first.")
+        open_shard = self._open.pop(shard)
+        open_shard.close()
+        tar = self.folder / shard_name(shard)
+        images = open_shard.images
+        entry = ShardEntry(tar.name, len(images), images[0], tar.stat().st_size, sha256_file(tar))
+        sums = open_shard.sums
+        values = {
+            "storage": self._storage_name,
+            "images_per_shard": self.images_per_shard,
+            "spec": self.spec.to_dict(),
+            "shard": asdict(entry),
+            "sums": sums.to_dict() if sums is not None else None,
+        }
+        write_json(self.folder / sums_name(shard), values)
+
+    def abandon(self) -> None:
+        """Remove the shards that are not closed yet."""
+        while self._open:
+            self._open.popitem()[1].discard()
+
+    def finalise(self, n_shards: int) -> ShardMetadata:
+        """Write `metadata.json` once all shards are whole; for one process, after the others are done.
+
+        Statistics are merged in shard order, so they do not depend on who wrote what.
+        Raises ValueError naming the first shard that is missing or of another spec.
+        """
+        entries: list[ShardEntry] = []
+        sums: list[Sums] = []
+        for shard in range(n_shards):
+            if not self.is_complete(shard):
+                raise ValueError(f"{self.folder / shard_name(shard)} is not whole; run the capture again to finish it.")
+            entry, part = self._read_sums(shard)
+            assert entry is not None
+            expected = entries[-1].first_image + entries[-1].samples if entries else 0
+            if entry.first_image != expected:
+                raise ValueError(
+                    f"{self.folder / entry.name} starts at image {entry.first_image}, expected {expected}; "
+                    "remove the folder and capture again."
+                )
+            entries.append(entry)
+            sums += [part] if part is not None else []
+        numbers = statistics(merge(sums)) if sums else None
+        metadata = ShardMetadata(self.kind, self._storage_name, self.spec, tuple(entries), numbers)
+        for left_over in self.folder.glob(".shard-*"):
+            left_over.unlink()
+        write_json(self.folder / METADATA, metadata.to_dict())
+        return metadata
+
+    def _read_sums(self, shard: int) -> tuple[ShardEntry | None, Sums | None]:
+        values = read_json(self.folder / sums_name(shard))
+        same = (values["storage"], values["images_per_shard"]) == (self._storage_name, self.images_per_shard)
+        if not same or differences(self.spec, parse_spec(self.kind, values["spec"])):
+            return None, None
+        numbers = values["sums"]
+        mean = None if numbers is None else torch.tensor(numbers["mean"], dtype=torch.float64)
+        return ShardEntry(**values["shard"]), None if numbers is None else Sums(**{**numbers, "mean": mean})
+
+
+class _OpenShard:
+    """A tar under a temporary name, and the statistics of what was put in."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.images: list[int] = []
+        self.sums: Sums | None = None
+        self._stack = ExitStack()
+        temporary = self._stack.enter_context(whole_file(path))
+        file = self._stack.enter_context(temporary.open("wb"))
+        self._tar = self._stack.enter_context(
+            TarWriter(file, user="fluxsae", group="fluxsae", mode=0o644, mtime=0, encoder=False)
+        )
+
+    def add(self, record: SampleRecord, extension: str, data: bytes) -> None:
+        if self.images and record.image != self.images[-1] + 1:
+            raise ValueError(
+                f"image {record.image} does not follow image {self.images[-1]} in {self.path}; add images in order."
+            )
+        text = json.dumps(record._asdict(), ensure_ascii=False).encode()
+        self._tar.write({"__key__": sample_key(record.image), RECORD: text, extension: data})
+        self.images.append(record.image)
+        if extension == TOKENS:
+            part = _sums(decode_tokens(bytearray(data), 0, len(data)))
+            self.sums = part if self.sums is None else merge([self.sums, part])
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def discard(self) -> None:
+        """Unwind as if writing had failed: whole_file then removes the temporary file."""
+        error = InterruptedError(f"{self.path} was abandoned")
+        self._stack.__exit__(type(error), error, None)
+
+
+def _sums(tokens: Float[Tensor, "T D"]) -> Sums:
+    """In numpy, whose sums depend on no number of threads."""
+    x = tokens.double().numpy()
+    mean = x.mean(axis=0)
+    norms = np.sqrt((x * x).sum(axis=1))
+    return Sums(len(x), torch.from_numpy(mean), float(((x - mean) ** 2).sum()), float(norms.sum()))
+
+
+def _encode_image(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _refuse_another(found: ShardMetadata, spec: CaptureSpec | GenerationSpec, storage: str, folder: Path) -> None:
+    if type(found.spec) is not type(spec):
+        raise ValueError(f"{folder} holds a set of {found.kind}; name another folder.")
+    other = differences(found.spec, spec)
+    if found.storage != storage:
+        other.append(f"storage: {found.storage!r} != {storage!r}")
+    if other:
+        raise ValueError(
+            f"{folder} holds another capture ({'; '.join(other)}); name another folder or remove this one."
+        )

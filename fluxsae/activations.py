@@ -1,0 +1,335 @@
+"""Streams captured tokens from shards.
+
+Mixed across images for training, of held-out prompts for validation, whole images for scoring.
+Legend: B batch (tokens in training and validation, images in prediction), T tokens an image, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from fluxsae.features import Selection
+from fluxsae.shards.format import SampleRecord, Statistics
+from fluxsae.shards.read import ShardSet
+from fluxsae.spec import CaptureSpec
+
+_ADVICE = (
+    r"Your `IterableDataset` has `__len__` defined",  # ours counts what each worker yields
+    r"The '\w+' does not have many workers",  # shards are memory-mapped: narrow tokens need none
+)
+"""What Lightning warns of for any loader like these, and why it does not hold here."""
+
+
+class TokenBatch(NamedTuple):
+    """All tokens of some images, and which images they are."""
+
+    tokens: Float[Tensor, "B T D"]
+    images: Int[Tensor, "B"]
+
+
+class Part(NamedTuple):
+    """Which of `of` equal shares of the work this is."""
+
+    rank: int
+    of: int
+
+
+WHOLE = Part(0, 1)
+
+
+class Split(NamedTuple):
+    """Image indices of the training and the held-out prompts, ascending."""
+
+    train: list[int]
+    held_out: list[int]
+
+
+class ActivationData(LightningDataModule):
+    """The tokens of one shard set.
+
+    A hash of its text decides on which side a prompt falls, so all its images fall on the same side, in every run.
+    With several processes, each trains on its share of the images and all take the same number of steps.
+
+    Args:
+        shards: folder of a set of tokens, for example `runs/tiny/capture/transformer_blocks.2.ff/step-06`.
+        batch_size: tokens a batch in training, validation and testing.
+        images_per_batch: images a batch in prediction.
+        val_fraction: share of the prompts to hold out for validation and testing.
+        buffer_images: images whose tokens are in memory and mixed at a time.
+        seed: decides the order of the training tokens, with the epoch.
+        num_workers: processes that read ahead.
+        only: predict only the images that this selection shows.
+    """
+
+    def __init__(
+        self,
+        shards: Path,
+        batch_size: int = 8192,
+        images_per_batch: int = 64,
+        val_fraction: float = 0.1,
+        buffer_images: int = 1024,
+        seed: int = 0,
+        num_workers: int = 0,
+        only: Selection | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("images_per_batch", images_per_batch)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1.")
+        if buffer_images < 1 or not 0 < val_fraction < 1:
+            raise ValueError(
+                f"buffer_images is {buffer_images} and val_fraction {val_fraction}; "
+                "expected at least 1 image, and a fraction between 0 and 1."
+            )
+        self.shards = Path(shards)
+        self.batch_size = batch_size
+        self.images_per_batch = images_per_batch
+        self.val_fraction = val_fraction
+        self.buffer_images = buffer_images
+        self.seed = seed
+        self.num_workers = num_workers
+        self.only = only
+
+    @cached_property
+    def shard_set(self) -> ShardSet:
+        """The shards, opened when first asked for."""
+        return ShardSet.open(self.shards, "tokens")
+
+    @property
+    def spec(self) -> CaptureSpec:
+        return self.shard_set.spec
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.shard_set.statistics
+
+    @property
+    def d_in(self) -> int:
+        return self.shard_set.statistics.mean.numel()
+
+    @cached_property
+    def split(self) -> Split:
+        return split_by_prompt(self.shard_set.records, self.val_fraction)
+
+    def setup(self, stage: str) -> None:
+        """Open the shards before anything expensive starts, so that a wrong folder ends the run at once."""
+        for advice in _ADVICE:
+            warnings.filterwarnings("ignore", message=advice)
+        if len(self.shard_set) == 0:
+            raise ValueError(f"{self.shards} holds no images; capture some first.")
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        tokens = MixedTokens(
+            self.shard_set,
+            self.split.train,
+            batch_size=self.batch_size,
+            buffer_images=self.buffer_images,
+            seed=self.seed,
+            part=self._part,
+            num_workers=self.num_workers,
+        )
+        return _ResumableLoader(tokens, progress=self._progress, **self._loading)
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        share = self.split.held_out[self._part.rank :: self._part.of]
+        return DataLoader(OrderedTokens(self.shard_set, share, self.batch_size), **self._loading)
+
+    def test_dataloader(self) -> DataLoader[Tensor]:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[TokenBatch]:
+        """All images in order, or the selected ones; with several processes, each takes one contiguous run of them."""
+        images = list(range(len(self.shard_set))) if self.only is None else self.only.images()
+        begin, end = (len(images) * (self._part.rank + i) // self._part.of for i in (0, 1))
+        return DataLoader(WholeImages(self.shard_set, images[begin:end], self.images_per_batch), **self._loading)
+
+    @property
+    def _part(self) -> Part:
+        trainer = self.trainer
+        return WHOLE if trainer is None else Part(trainer.global_rank, trainer.world_size)
+
+    def _progress(self) -> Progress:
+        if self.trainer is None:
+            return Progress(0, 0)
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return Progress(self.trainer.current_epoch, batches.processed)  # type: ignore[attr-defined]
+
+    @property
+    def _loading(self) -> dict[str, Any]:
+        return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
+
+
+def split_by_prompt(records: Sequence[SampleRecord], val_fraction: float) -> Split:
+    """Hold out the prompts whose hash falls below `val_fraction`, at least one and never all.
+
+    ValueError when there is only one prompt.
+    """
+    position = {record.prompt: _position(record.prompt) for record in records}
+    if len(position) < 2:
+        raise ValueError(f"the capture has {len(position)} prompt(s); capture at least 2, so that one can be held out.")
+    ordered = sorted(position, key=position.__getitem__)
+    n_held_out = sum(value < val_fraction for value in position.values())
+    held_out = set(ordered[: min(max(n_held_out, 1), len(ordered) - 1)])
+    return Split(
+        train=[i for i, record in enumerate(records) if record.prompt not in held_out],
+        held_out=[i for i, record in enumerate(records) if record.prompt in held_out],
+    )
+
+
+def _position(prompt: str) -> float:
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64
+
+
+class MixedTokens(IterableDataset[Tensor]):
+    """Batches [B, D] of training tokens, each token once an epoch, in an order that (seed, epoch) decides.
+
+    The images are permuted; `buffer_images` at a time are loaded and their tokens mixed; what does not fill a batch
+    waits for the next ones. With several processes all end after the same number of batches, so a few tokens of the
+    longer shares go unseen in an epoch.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        images: Sequence[int],
+        *,
+        batch_size: int,
+        buffer_images: int = 1024,
+        seed: int = 0,
+        part: Part = WHOLE,
+        num_workers: int = 0,
+    ) -> None:
+        self.shards = shards
+        self.images = list(images)
+        self.batch_size = batch_size
+        self.buffer_images = buffer_images
+        self.seed = seed
+        self.part = part
+        self.epoch = 0
+        # The smallest process's count, at which all stop; a worker takes its share of its process's images.
+        n_images, n_workers = len(self.images) // part.of, max(1, num_workers)
+        self._batches = [
+            -(-len(range(worker, n_images, n_workers)) * shards.spec.n_tokens // batch_size)
+            for worker in range(n_workers)
+        ]
+
+    def __len__(self) -> int:
+        return sum(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        worker = get_worker_info()
+        index, n_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, 0))
+        order = torch.randperm(len(self.images), generator=generator).tolist()
+        mine = order[self.part.rank :: self.part.of][index::n_workers]
+        generator.manual_seed(_mix(self.seed, self.epoch, 1 + self.part.rank * n_workers + index))
+        batches = self._batch([self.images[i] for i in mine], generator)
+        for _, batch in zip(range(self._batches[index]), batches, strict=False):
+            yield batch
+
+    def _batch(self, images: list[int], generator: torch.Generator) -> Iterator[Tensor]:
+        waiting: Tensor | None = None
+        for start in range(0, len(images), self.buffer_images):
+            buffer = self.shards.tokens_batch(images[start : start + self.buffer_images]).flatten(0, 1)
+            order = torch.randperm(len(buffer), generator=generator)
+            while len(order) + (0 if waiting is None else len(waiting)) >= self.batch_size:
+                n_new = self.batch_size - (0 if waiting is None else len(waiting))
+                new, order = buffer[order[:n_new]], order[n_new:]
+                yield new if waiting is None else torch.cat([waiting, new])
+                waiting = None
+            rest = buffer[order]
+            waiting = rest if waiting is None else torch.cat([waiting, rest])
+        if waiting is not None and len(waiting):
+            yield waiting
+
+
+class OrderedTokens(IterableDataset[Tensor]):
+    """Batches [B, D] of the tokens of some images, in order; the last one may be smaller."""
+
+    def __init__(self, shards: ShardSet, images: Sequence[int], batch_size: int) -> None:
+        self.shards = shards
+        self.images = list(images)
+        self.images_per_batch = max(1, batch_size // shards.spec.n_tokens)
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.images_per_batch)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for images in _chunks(self.images, self.images_per_batch):
+            yield self.shards.tokens_batch(images).flatten(0, 1)
+
+
+class WholeImages(IterableDataset[TokenBatch]):
+    """All tokens of some images, `images_per_batch` images at a time, in order."""
+
+    def __init__(self, shards: ShardSet, images: Sequence[int], images_per_batch: int) -> None:
+        self.shards = shards
+        self.images = list(images)
+        self.images_per_batch = images_per_batch
+
+    def __len__(self) -> int:
+        return -(-len(self.images) // self.images_per_batch)
+
+    def __iter__(self) -> Iterator[TokenBatch]:
+        for images in _chunks(self.images, self.images_per_batch):
+            yield TokenBatch(self.shards.tokens_batch(images), torch.tensor(images))
+
+
+def _chunks(images: list[int], size: int) -> Iterator[list[int]]:
+    """Chunks of `size`; in a worker process, every n-th, in which order the loader puts them together again."""
+    worker = get_worker_info()
+    first, step = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+    for chunk in range(first, -(-len(images) // size), step):
+        yield images[chunk * size : (chunk + 1) * size]
+
+
+class Progress(NamedTuple):
+    """How far training is: the epoch, and the batches of it that are done."""
+
+    epoch: int
+    batches: int
+
+
+class _ResumableLoader(DataLoader[Tensor]):
+    """Tells its dataset the epoch before each pass (Lightning does so for samplers only), and keeps its place.
+
+    Lightning saves and restores the state of a loader that has one. The first pass after that goes on behind the
+    batches that were done.
+    """
+
+    def __init__(self, *arguments: Any, progress: Callable[[], Progress], **loading: Any) -> None:
+        super().__init__(*arguments, **loading)
+        self._progress = progress
+        self._skip = 0
+
+    def __iter__(self) -> Any:
+        assert isinstance(self.dataset, MixedTokens)
+        self.dataset.epoch = self._progress().epoch
+        batches = super().__iter__()
+        for _ in range(self._skip):
+            next(batches)
+        self._skip = 0
+        return batches
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self._progress().batches % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._skip = state["batches"]
+
+
+def _mix(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, unlike for neighbouring ones."""
+    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

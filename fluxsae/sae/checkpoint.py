@@ -1,0 +1,114 @@
+"""SAEs on disk: a folder with `sae.safetensors` and `config.json`; for reading only, seed checkpoints (`.pt`)."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fluxsae.sae.coder import L1, SAE, TopK
+from fluxsae.spec import CaptureSpec
+from fluxsae.storage import read_json, whole_file, write_json
+
+VERSION = 1
+WEIGHTS = "sae.safetensors"
+CONFIG = "config.json"
+
+_KINDS: dict[str, type[L1] | type[TopK]] = {"L1": L1, "TopK": TopK}
+
+
+def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = None) -> None:
+    """Write an SAE, what it was trained on and a summary of the training; `config.json` last: it marks a whole."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)  # between new weights and a new config, the old one would tell lies
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    with whole_file(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary)
+    config = {
+        "version": VERSION,
+        "kind": type(sae).__name__,
+        "d_in": sae.d_in,
+        "n_features": sae.n_features,
+        "options": sae.options(),
+        "mean_norm": sae.mean_norm,
+        "spec": sae.spec.to_dict() if sae.spec is not None else None,
+        "training": training or {},
+    }
+    write_json(folder / CONFIG, config)
+
+
+def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
+    """The SAE in a folder of ours or in a seed `.pt` file, in evaluation mode.
+
+    FileNotFoundError when there is none, ValueError when it is damaged or another version's. No code is unpickled.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _load_seed(path).to(device).eval()
+    if not (path / CONFIG).exists():
+        raise FileNotFoundError(f"there is no SAE at {path} (no {CONFIG}); run `fluxsae fit`, or name its folder.")
+    config = read_config(path)
+    sae = _build(path / CONFIG, config)
+    try:
+        sae.load_state_dict(load_file(path / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path / WEIGHTS} does not hold this SAE's weights ({reason}); fit it again.") from error
+    return sae.to(device).eval()
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The `config.json` of an SAE folder: kind, sizes, spec, and under `training` the summary of its training."""
+    path = Path(folder) / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"there is no SAE at {folder} (no {CONFIG}); run `fluxsae fit`, or name its folder.")
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("version") != VERSION:
+        found = config.get("version") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} has format version {found!r}, this package reads {VERSION}; fit the SAE again.")
+    return config
+
+
+def _build(path: Path, config: dict[str, Any]) -> SAE:
+    try:
+        sae = _KINDS[config["kind"]](config["d_in"], config["n_features"], **config["options"])
+        sae.spec = CaptureSpec.from_dict(config["spec"]) if config["spec"] is not None else None
+        sae.mean_norm = config["mean_norm"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe an SAE ({error!r}); fit it again.") from error
+    return sae
+
+
+def _load_seed(path: Path) -> SAE:
+    """A seed checkpoint: `model_state_dict` and `config`. It names no site and step, and needs no normalisation."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{path} does not load as plain tensors, so it is damaged or holds code, which is never run; "
+            "save it again with tensors and plain values only."
+        ) from error
+    try:
+        weights, config = content["model_state_dict"], content["config"]
+        d_in, n_features = int(config["input_dim"]), int(config["hidden_dim"])
+        sae: SAE = TopK(d_in, n_features, int(config["topk_k"])) if config["use_topk"] else L1(d_in, n_features)
+        state = {
+            "W_enc": weights["encoder.weight"],
+            "b_enc": weights["encoder.bias"],
+            "W_dec": weights["decoder.weight"].T,
+            "b_dec": weights["pre_bias"].reshape(-1),
+        }
+        sae.load_state_dict({**sae.state_dict(), **state})
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} is not a seed checkpoint ({type(error).__name__}: {reason}); expected model_state_dict with "
+            "pre_bias, encoder.weight, encoder.bias, decoder.weight and config with "
+            "input_dim, hidden_dim, use_topk, topk_k."
+        ) from error
+    return sae

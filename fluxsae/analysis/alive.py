@@ -1,0 +1,139 @@
+"""Which features are alive, how often and how strongly they are active, in one pass and in fixed memory.
+
+Legend: B images of a batch, F features, W parts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from fluxsae.analysis.gather import gather
+from fluxsae.features import update_features
+from fluxsae.scoring import ImageScores, SAEScoring, all_shards
+
+
+class Activity(NamedTuple):
+    """Moments of S over the images on which a feature is active, in a form that merges (Chan et al. 1979).
+
+    `squares` is the sum of squared distances to the mean; `max` is over all images seen.
+    """
+
+    n_seen: Int[Tensor, ""]
+    n_active: Float64[Tensor, "F"]
+    mean: Float64[Tensor, "F"]
+    squares: Float64[Tensor, "F"]
+    max: Float64[Tensor, "F"]
+
+    @classmethod
+    def none(cls, n_features: int, device: torch.device | str = "cpu") -> Activity:
+        """The activity on no images."""
+        zeros = torch.zeros(n_features, dtype=torch.float64, device=device)
+        return cls(torch.tensor(0, device=device), zeros, zeros, zeros, zeros)
+
+    @classmethod
+    def of(cls, scores: Float[Tensor, "B F"], epsilon: float) -> Activity:
+        """The activity on some images; active means S > epsilon."""
+        values = scores.double()
+        active = values > epsilon
+        n_active = active.sum(dim=0).double()
+        mean = (values * active).sum(dim=0) / n_active.clamp_min(1)
+        squares = ((values - mean).square() * active).sum(dim=0)
+        return cls(torch.tensor(len(scores), device=scores.device), n_active, mean, squares, values.amax(dim=0))
+
+    def merge(self, other: Activity) -> Activity:
+        n_active = self.n_active + other.n_active
+        delta = other.mean - self.mean
+        share = other.n_active / n_active.clamp_min(1)
+        return Activity(
+            self.n_seen + other.n_seen,
+            n_active,
+            self.mean + delta * share,
+            self.squares + other.squares + delta.square() * self.n_active * share,
+            torch.maximum(self.max, other.max),
+        )
+
+    @property
+    def frequency(self) -> Float64[Tensor, "F"]:
+        """Share of images on which a feature is active."""
+        return self.n_active / self.n_seen
+
+    @property
+    def std(self) -> Float64[Tensor, "F"]:
+        """Standard deviation over the active images, 0 for a single one."""
+        return (self.squares / self.n_active.clamp_min(1)).sqrt()
+
+
+class AliveStatistics(Callback):
+    """Fills in alive, frequency, max, mean_active, std_active, n_images and class of the features table.
+
+    Args:
+        features: the features table.
+        epsilon: a feature is active on an image when S > epsilon.
+        min_images: a feature is alive when it is active on at least so many images.
+        rare: alive features of a lower frequency are of class rare.
+        common: features of a higher frequency are of class common; the others are moderate.
+    """
+
+    def __init__(
+        self, features: Path, epsilon: float = 1e-3, min_images: int = 3, rare: float = 0.01, common: float = 0.5
+    ) -> None:
+        if min_images < 1 or epsilon < 0 or not 0 <= rare <= common <= 1:
+            raise ValueError(
+                f"min_images is {min_images}, epsilon {epsilon}, rare {rare} and common {common}; "
+                "expected min_images ≥ 1, epsilon ≥ 0 and 0 ≤ rare ≤ common ≤ 1."
+            )
+        self.features = Path(features)
+        self.epsilon = epsilon
+        self.min_images = min_images
+        self.rare = rare
+        self.common = common
+        self._activity: Activity | None = None
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, SAEScoring)
+        all_shards(trainer)
+        self._activity = Activity.none(pl_module.sae.n_features, pl_module.device)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        assert isinstance(outputs, ImageScores) and self._activity is not None
+        self._activity = self._activity.merge(Activity.of(outputs.scores, self.epsilon))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._activity is not None
+        parts = [gather(trainer, field) for field in self._activity]
+        total = Activity(*(field[0] for field in parts))
+        for rank in range(1, trainer.world_size):
+            total = total.merge(Activity(*(field[rank] for field in parts)))
+        if trainer.is_global_zero:
+            update_features(self.features, table_columns(total, self.min_images, self.rare, self.common))
+        trainer.strategy.barrier("alive")
+
+
+def table_columns(activity: Activity, min_images: int, rare: float, common: float) -> dict[str, list[Any]]:
+    """The columns of the features table; mean and standard deviation are empty where a feature is never active."""
+    counts = activity.n_active.long().tolist()
+    alive = [count >= min_images for count in counts]
+    frequency = activity.frequency.tolist()
+    return {
+        "alive": alive,
+        "frequency": frequency,
+        "max": activity.max.tolist(),
+        "mean_active": [m if n else None for m, n in zip(activity.mean.tolist(), counts, strict=True)],
+        "std_active": [s if n else None for s, n in zip(activity.std.tolist(), counts, strict=True)],
+        "n_images": counts,
+        "class": [_name(f, rare, common) if a else "dead" for f, a in zip(frequency, alive, strict=True)],
+    }
+
+
+def _name(frequency: float, rare: float, common: float) -> str:
+    if frequency < rare:
+        return "rare"
+    return "common" if frequency > common else "moderate"

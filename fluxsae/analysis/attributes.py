@@ -1,0 +1,132 @@
+"""Which attribute of the scene the top images of a feature share, where prompts say what is in them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from fluxsae.features import Feature, read_features, update_features
+from fluxsae.prompts import read_prompts
+from fluxsae.scoring import all_shards
+from fluxsae.storage import write_json
+
+logger = logging.getLogger(__name__)
+
+
+class Shared(NamedTuple):
+    """An attribute value, as `background=blue`, and the share of some images whose prompts say it."""
+
+    label: str
+    share: float
+
+
+def shared_attribute(images: Sequence[frozenset[str]], frequency: Mapping[str, float]) -> Shared:
+    """The attribute value that most of `images` have; among equals the one of the lowest `frequency` in all prompts.
+
+    An image counts for each value it has; one whose prompt leaves an attribute unsaid counts against it.
+    """
+    counts = Counter(value for values in images for value in values)
+    if not counts:
+        return Shared("", 0.0)
+    label = min(counts, key=lambda value: (-counts[value], frequency.get(value, 0.0), value))
+    return Shared(label, counts[label] / len(images))
+
+
+def attribute_values(attributes: Mapping[str, str]) -> frozenset[str]:
+    """`{"object": "fox|red apple"}` as {"object=fox", "object=red apple"}."""
+    return frozenset(f"{name}={value}" for name, values in attributes.items() for value in values.split("|"))
+
+
+class Comparison(NamedTuple):
+    """How many of the most coherent features, and of random alive ones, share an attribute among their top images."""
+
+    min_share: float
+    coherent: list[int]
+    coherent_sharing: int
+    random: list[int]
+    random_sharing: int
+
+
+def compare(table: Sequence[Feature], n_features: int, min_share: float, seed: int) -> Comparison:
+    """Compare the `n_features` most coherent alive features with as many random alive ones, drawn with `seed`.
+
+    Both are drawn from the alive features that have a coherence, so that both have full sets of top images.
+    """
+    ranked = [row for row in table if row.alive and row.coherence is not None]
+    ranked.sort(key=lambda row: (-(row.coherence or 0.0), row.feature))
+    drawn = random.Random(seed).sample(ranked, min(n_features, len(ranked)))
+    groups = [ranked[:n_features], sorted(drawn)]
+    sharing = [sum((row.label_share or 0.0) >= min_share for row in group) for group in groups]
+    ids = [[row.feature for row in group] for group in groups]
+    return Comparison(min_share, ids[0], sharing[0], ids[1], sharing[1])
+
+
+class Attributes(Callback):
+    """Fills in label and label_share of the features table, and leaves the comparison of coherent and random features.
+
+    Reads the columns top_images, alive and coherence of the table when scoring has ended: name it after the callbacks
+    that fill them in, in this run or an earlier one. Without attributes in the prompts it only says so in the log.
+
+    Args:
+        features: the features table; the comparison goes to `attributes.json` beside it.
+        prompts: the prompts file with the attributes.
+        n_compare: features in each group of the comparison.
+        min_share: share of the top images from which on an attribute counts as shared.
+        seed: decides the random features.
+    """
+
+    def __init__(
+        self, features: Path, prompts: Path, n_compare: int = 20, min_share: float = 0.8, seed: int = 0
+    ) -> None:
+        self.features = Path(features)
+        self.prompts = Path(prompts)
+        self.n_compare = n_compare
+        self.min_share = min_share
+        self.seed = seed
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        all_shards(trainer)
+        read_prompts(self.prompts)  # a wrong file ends the run before the scoring, not after it
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._label(trainer)
+        trainer.strategy.barrier("attributes")
+
+    def _label(self, trainer: Trainer) -> None:
+        values = [attribute_values(prompt.attributes) for prompt in read_prompts(self.prompts)]
+        if not any(values):
+            logger.info("the prompts in %s carry no attributes, so features get no labels", self.prompts)
+            return
+        shards = all_shards(trainer)
+        columns = label_columns(
+            [
+                [values[shards.record(image).prompt_id] for image in row.top_images]
+                for row in read_features(self.features)
+            ],
+            frequencies(values),
+        )
+        update_features(self.features, columns)
+        comparison = compare(read_features(self.features), self.n_compare, self.min_share, self.seed)
+        write_json(self.features.with_name("attributes.json"), comparison._asdict())
+
+
+def frequencies(values: Sequence[frozenset[str]]) -> dict[str, float]:
+    """In which share of the prompts each value occurs."""
+    counts = Counter(value for said in values for value in said)
+    return {value: count / len(values) for value, count in counts.items()}
+
+
+def label_columns(top: Sequence[Sequence[frozenset[str]]], frequency: Mapping[str, float]) -> dict[str, list[Any]]:
+    """The columns label and label_share from the attribute values of every feature's top images."""
+    shared = [shared_attribute(images, frequency) for images in top]
+    return {
+        "label": [best.label or None for best in shared],
+        "label_share": [best.share if best.label else None for best in shared],
+    }

@@ -1,0 +1,138 @@
+"""Scores every image on every feature: S[i, f] is the largest code of feature f over image i's tokens.
+
+Legend: I images, B images of a batch, T tokens an image, D width, F features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from fluxsae.activations import ActivationData, TokenBatch
+from fluxsae.sae import load_sae
+from fluxsae.shards.read import ShardSet
+from fluxsae.spec import CaptureSpec, differences
+from fluxsae.storage import read_csv, read_json
+
+MATRIX, IMAGES, SUMMARY = "matrix.npy", "images.csv", "scores.json"
+IMAGE_COLUMNS = ("image", "prompt_id", "repetition", "seed", "prompt")
+
+
+class ImageScores(NamedTuple):
+    """What the callbacks get of a batch. `prompts` has one number a prompt text: equal numbers, equal prompts."""
+
+    images: Int[Tensor, "B"]
+    prompts: Int[Tensor, "B"]
+    scores: Float[Tensor, "B F"]
+    codes: Float[Tensor, "B T F"]
+
+
+def score(codes: Float[Tensor, "B T F"]) -> Float[Tensor, "B F"]:
+    """S of some images: the largest code over tokens."""
+    return codes.amax(dim=1)
+
+
+class SAEScoring(LightningModule):
+    """Encodes captured tokens and hands codes and scores to the callbacks; run it with `predict` on `ActivationData`.
+
+    The batches themselves are not kept: what callbacks write is the result, and memory does not grow with the data.
+
+    Args:
+        sae: folder of an SAE, or a seed checkpoint.
+    """
+
+    def __init__(self, sae: Path) -> None:
+        super().__init__()
+        self.sae = load_sae(sae)
+        self.path = sae
+        self.example_input_array = None
+
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T F"]:
+        return self.sae.encode(tokens)
+
+    def on_predict_start(self) -> None:
+        """ValueError when the tokens were captured in another way than those that the SAE was trained on."""
+        shards = scored_shards(self.trainer)
+        check_spec(self.sae.spec, shards.spec, f"the SAE at {self.path}", f"the shards at {shards.folder}")
+        if shards.statistics.mean.numel() != self.sae.d_in:
+            raise ValueError(
+                f"the shards at {shards.folder} hold tokens of width {shards.statistics.mean.numel()}, "
+                f"the SAE at {self.path} reads width {self.sae.d_in}; use the SAE of this site."
+            )
+        self.trainer.predict_loop.return_predictions = False  # codes of all images would fill the memory
+
+    def predict_step(self, batch: TokenBatch) -> ImageScores:
+        codes = self(batch.tokens)
+        shards = scored_shards(self.trainer)
+        keys = [prompt_key(shards.record(image).prompt) for image in batch.images.tolist()]
+        prompts = torch.tensor(keys, device=batch.images.device)
+        return ImageScores(batch.images, prompts, score(codes), codes)
+
+
+def check_spec(ours: CaptureSpec | None, theirs: CaptureSpec, our_name: str, their_name: str) -> None:
+    """ValueError naming each field in which two specs differ; a seed checkpoint's unknown spec agrees with any."""
+    different = differences(ours, theirs) if ours is not None else []
+    if different:
+        raise ValueError(
+            f"{our_name} and {their_name} do not belong together ({'; '.join(different)}); "
+            "capture with the settings of the one, or fit an SAE on the other."
+        )
+
+
+def scored_shards(trainer: Trainer) -> ShardSet:
+    """The shard set being scored. ValueError when the trainer runs on other data than `ActivationData`."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, ActivationData):
+        raise ValueError(f"scoring reads ActivationData, not {type(data).__name__}; pass it as the datamodule.")
+    return data.shard_set
+
+
+def all_shards(trainer: Trainer) -> ShardSet:
+    """`scored_shards`, when all their images are scored. ValueError where the data is narrowed by `only`."""
+    shards = scored_shards(trainer)
+    if trainer.datamodule.only is not None:  # type: ignore[attr-defined]
+        raise ValueError("scores and statistics are of all images but the data's `only` is set; leave it out here.")
+    return shards
+
+
+def prompt_key(prompt: str) -> int:
+    """A 63-bit number for a prompt's text, so that the unique-prompt rule needs no table of prompts."""
+    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The score matrix of a capture as it lies on disk.
+
+    `matrix` is memory-mapped and read-only; row i belongs to row i of `images`, which has the columns
+    image, prompt_id, repetition, seed, prompt and one a prompt attribute, all as text.
+    """
+
+    folder: Path
+    matrix: Float[np.ndarray, "I F"]
+    images: list[dict[str, str]]
+    spec: CaptureSpec
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Scores:
+        """FileNotFoundError when there are no finished scores, ValueError when the files do not belong together."""
+        folder = Path(folder)
+        if not (folder / SUMMARY).exists():
+            raise FileNotFoundError(f"there are no finished scores in {folder}; run the scores stage first.")
+        summary = read_json(folder / SUMMARY)
+        matrix = np.load(folder / MATRIX, mmap_mode="r")
+        images = read_csv(folder / IMAGES)
+        if matrix.shape != (len(images), summary["n_features"]):
+            raise ValueError(
+                f"{folder / MATRIX} has shape {matrix.shape}, expected {(len(images), summary['n_features'])} "
+                f"from {IMAGES} and {SUMMARY}; run the scores stage again."
+            )
+        return cls(folder, matrix, images, CaptureSpec.from_dict(summary["spec"]))

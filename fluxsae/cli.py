@@ -1,0 +1,150 @@
+"""The `fluxsae` command: Lightning's Trainer verbs over config files, and commands for a whole study."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import fluxsae
+from fluxsae.explain import unknown_key
+
+VERBS = {
+    "fit": "train a sparse autoencoder on captured tokens",
+    "validate": "measure a trained autoencoder on held-out prompts",
+    "predict": "generate and capture, score, or draw overlays",
+    "test": "steer features and measure what changes",
+}
+"""The Trainer's verbs and what they do here."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code is 0 when all went well, 2 after a sentence on stderr about what did not."""
+    arguments = list(sys.argv[1:] if args is None else args)
+    show_traceback = "--traceback" in arguments or bool(os.environ.get("FLUXSAE_TRACEBACK"))
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        print("fluxsae: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        if show_traceback:
+            traceback.print_exception(error)
+        print(f"fluxsae: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def run_stage(verb: str, arguments: Sequence[str]) -> None:
+    """Run a Trainer verb in this process, as `fluxsae VERB ARGUMENTS…` does, and let its errors through."""
+    from fluxsae.trainer_cli import TrainerCLI  # Lightning takes seconds to import, which `--help` need not wait for
+
+    _quieten()  # after the import, which sets its loggers' levels
+    TrainerCLI.start(verb, arguments)
+
+
+def _run(arguments: list[str]) -> int:
+    verb = arguments[0] if arguments else ""
+    if verb in VERBS:
+        run_stage(verb, arguments[1:])
+        return 0
+    options = _parser().parse_args(arguments or ["--help"])
+    if options.command == "study":
+        from fluxsae.study import run_study
+
+        run_study(options.config, force=options.force or (), until=options.until)
+        return 0
+    if options.command == "figures":
+        from fluxsae.study_figures import draw_figures
+
+        for path in draw_figures(options.config):
+            print(path)
+        return 0
+    return _verify(options.folder)
+
+
+def _verify(folder: Path) -> int:
+    from fluxsae.shards.verify import verify
+
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {folder} to verify; name a shard set, or a folder that holds some."
+        )
+    sets = sorted(path.parent for path in folder.rglob("metadata.json"))
+    if not sets:
+        raise FileNotFoundError(f"{folder} holds no shard set (no metadata.json); name a folder that a capture left.")
+    n_problems = 0
+    for shard_set in sets:
+        problems = verify(shard_set)
+        n_problems += len(problems)
+        print(f"{shard_set}: {'whole' if not problems else f'{len(problems)} problems'}")
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if n_problems else 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with errors that end as every other error does here."""
+
+    def error(self, message: str) -> Any:
+        if match := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
+            message = unknown_key(match[1], (*VERBS, "study", "figures", "verify"), "fluxsae", what="command")
+        raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fluxsae",
+        description="Read, see and steer what a FLUX.1 text-to-image transformer represents.",
+        epilog="Try `fluxsae study -c configs/tiny/study.yaml`. `fluxsae COMMAND --help` tells all options of "
+        "a command; --traceback (or FLUXSAE_TRACEBACK=1) shows where an error arose.",
+    )
+    parser.add_argument("--version", action="version", version=f"fluxsae {fluxsae.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    study = commands.add_parser("study", help="run every stage of a study, skipping what is complete and unchanged")
+    study.add_argument("-c", "--config", type=Path, required=True, help="the study's YAML file")
+    study.add_argument("--force", action="append", metavar="STAGE", help="redo this stage and what needs it (or 'all')")
+    study.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    for verb, meaning in VERBS.items():
+        commands.add_parser(verb, help=f"{meaning} (-c CONFIG)", add_help=False)
+    figures = commands.add_parser("figures", help="draw the figures of a study")
+    figures.add_argument("-c", "--config", type=Path, required=True, help="which figures to draw, as YAML")
+    verify = commands.add_parser("verify", help="check shard sets against their checksums")
+    verify.add_argument("folder", type=Path, metavar="FOLDER", help="a shard set, or a folder that holds some")
+    return parser
+
+
+def _quieten() -> None:
+    """Let through what a user can act on: our own messages and Lightning's warnings, not its advertisements."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    ours = logging.getLogger("fluxsae")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message, without a traceback, is what the user needs."""
+    known = (ValueError, OSError, argparse.ArgumentError)
+    return isinstance(error, known) or type(error).__name__ in ("MisconfigurationException", "ArgumentError")
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = os.path.dirname(os.path.abspath(__file__))
+    foreign = not isinstance(error, argparse.ArgumentError) and frames and not frames[-1].filename.startswith(ours)
+    return f"{text} ({type(error).__name__}; --traceback shows where)" if foreign else text

@@ -1,0 +1,312 @@
+"""A whole study: its stages in order, each skipped when it is complete and nothing that it depends on has changed."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+from uuid import uuid4
+
+import yaml
+
+from fluxsae.explain import unknown_key
+from fluxsae.storage import hash_json, read_json, write_json
+
+Command = Literal["fit", "validate", "predict", "test", "figures"]
+RECORD = "study.json"
+REPLACED = "replaced"
+ENDS = 1 << 20
+"""Bytes hashed at either end of an input file of more than twice as many."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a study.
+
+    Args:
+        name: what `--force` and `needs` call it.
+        command: the `fluxsae` command that runs it.
+        config: its config file.
+        outputs: files and folders in the study's folder that it leaves; complete means that all are there.
+        needs: the stages whose results it reads; all before it by default.
+    """
+
+    name: str
+    command: Command
+    config: Path
+    outputs: tuple[Path, ...]
+    needs: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder and the stages that fill it."""
+
+    folder: Path
+    stages: tuple[Stage, ...]
+    names: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(stage.name for stage in self.stages))
+        for index, stage in enumerate(self.stages):
+            if stage.name in self.names[:index]:
+                raise ValueError(f"two stages are called {stage.name!r}; give each a name of its own.")
+            for need in stage.needs or ():
+                if need not in self.names[:index]:
+                    raise ValueError(f"stage {stage.name!r} needs {need!r}, which is no stage before it.")
+            for output in stage.outputs:
+                if self.folder not in output.parents:
+                    raise ValueError(
+                        f"stage {stage.name!r} leaves {output}, which is not in the study's folder {self.folder}."
+                    )
+
+    def needs(self, stage: Stage) -> tuple[str, ...]:
+        return self.names[: self.names.index(stage.name)] if stage.needs is None else stage.needs
+
+
+class Step(NamedTuple):
+    """What is to be done about a stage, and why; no reason means nothing."""
+
+    stage: Stage
+    key: str
+    reason: str
+
+
+def read_study(path: Path) -> Study:
+    """The study that a YAML file describes. FileNotFoundError and ValueError, in a sentence, when it describes none."""
+    values = _read_yaml(path)
+    _check_keys(values, ("folder", "stages"), path, required=("folder", "stages"))
+    stages = []
+    for entry in values["stages"]:
+        known = tuple(Stage.__dataclass_fields__)
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path} has the stage {entry!r}; expected a mapping with the keys {', '.join(known)}.")
+        _check_keys(entry, known, path, required=("name", "command", "config", "outputs"))
+        if entry["command"] not in get_args(Command):
+            raise ValueError(f"{path}: {unknown_key(str(entry['command']), get_args(Command), 'a stage', 'command')}")
+        stages.append(
+            Stage(
+                str(entry["name"]),
+                entry["command"],
+                Path(entry["config"]),
+                tuple(Path(output) for output in entry["outputs"]),
+                None if entry.get("needs") is None else tuple(entry["needs"]),
+            )
+        )
+    return Study(Path(values["folder"]), tuple(stages))
+
+
+def run_study(config: Path, force: Collection[str] = (), until: str | None = None) -> None:
+    """Bring the study in `config` up to date, telling how it goes, and end by telling what it found.
+
+    `force` names stages to redo with what needs them, or `all`. What a stage left under another configuration is moved
+    to `replaced/` in the study's folder, one generation of it; a stage that was interrupted goes on where it stopped.
+    """
+    study = read_study(config)
+    for name in (*force, *([until] if until else [])):
+        if name != "all" and name not in study.names:
+            near = difflib.get_close_matches(name, study.names, n=1)
+            raise ValueError(
+                f"this study has no stage {name!r}; "
+                + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(study.names)}.")
+            )
+    for stage in study.stages:  # a wrong path in the last stage should not cost the time of the first
+        _read_yaml(stage.config)
+    started = time.monotonic()
+    stages = study.stages[: study.names.index(until) + 1] if until else study.stages
+    n_run = 0
+    for number, step in enumerate(plan(study, force), start=1):
+        label = f"[{number}/{len(stages)}] {step.stage.name}"
+        if not step.reason:
+            _say(f"{label:<22} complete and unchanged, skipped")
+        else:
+            _say(f"{label:<22} {step.stage.command} -c {step.stage.config}  ({step.reason})")
+            seconds = _run(study, step, forced=bool({step.stage.name, "all"} & set(force)))
+            _say(f"{'':<22} done in {_duration(seconds)}")
+            n_run += 1
+        if step.stage.name == until:
+            break
+    _say(f"\n{n_run} of {len(stages)} stages run in {_duration(time.monotonic() - started)}.")
+    from fluxsae.study_report import report
+
+    for line in report(study.folder):
+        _say(line)
+
+
+def plan(study: Study, force: Collection[str] = ()) -> Iterator[Step]:
+    """What to do about each stage, told when its turn comes: a stage that has just run counts as complete."""
+    keys: dict[str, str] = {}
+    for stage in study.stages:
+        needs = study.needs(stage)
+        keys[stage.name] = stage_key(stage, [keys[name] for name in needs], study.folder)
+        yield Step(stage, keys[stage.name], _reason(study, stage, keys[stage.name], force))
+
+
+def stage_key(stage: Stage, upstream: list[str], folder: Path) -> str:
+    """A hash of all that a stage's result depends on: command, config, the input files it names, and upstream keys.
+
+    Inputs are the config's values that name a file or a model folder outside of the study's own folder.
+    """
+    config = _read_yaml(stage.config)
+    inputs = {str(path): _content_hash(path) for path in sorted(set(_inputs(config, folder)))}
+    return hash_json({"command": stage.command, "config": config, "inputs": inputs, "upstream": upstream})
+
+
+def _reason(study: Study, stage: Stage, key: str, force: Collection[str]) -> str:
+    recorded = _recorded(study.folder)
+    before = recorded.get(stage.name)
+    if stage.name in force or "all" in force:
+        return "forced"
+    if before is None:
+        return "not run yet"
+    anew = [name for name, run in _runs(study, stage).items() if before["upstream"].get(name) != run]
+    if anew:
+        return f"{', '.join(anew)} ran anew"
+    if before["key"] != key:
+        return "its config or input has changed"
+    if before["status"] != "complete":
+        return "was interrupted"
+    absent = [str(output) for output in stage.outputs if not output.exists()]
+    return f"{absent[0]} is missing" if absent else ""
+
+
+def _runs(study: Study, stage: Stage) -> dict[str, str]:
+    """Which run of each stage that `stage` needs is the latest; keys alone do not tell a stage that was forced."""
+    recorded = _recorded(study.folder)
+    return {name: recorded.get(name, {}).get("run", "") for name in study.needs(stage)}
+
+
+def _run(study: Study, step: Step, forced: bool) -> float:
+    """Run a stage and record it; the seconds that it took."""
+    from fluxsae import cli
+
+    before = _recorded(study.folder).get(step.stage.name)
+    values = {"key": step.key, "status": "started", "run": uuid4().hex, "upstream": _runs(study, step.stage)}
+    same = before is not None and (before["key"], before["upstream"]) == (step.key, values["upstream"])
+    resumes = same and before is not None and before["status"] == "started" and not forced
+    if before is not None and not resumes:
+        _move_aside(study, step.stage)
+    _record(study.folder, step.stage.name, values)
+    started = time.monotonic()
+    if step.stage.command == "figures":
+        from fluxsae.study_figures import draw_figures
+
+        draw_figures(step.stage.config)
+    else:
+        # Captures go on by themselves; a training does from its last checkpoint, where it has kept one.
+        resume = ["--ckpt_path", "last"] if resumes and step.stage.command == "fit" else []
+        cli.run_stage(step.stage.command, ["-c", str(step.stage.config), *resume])
+    seconds = time.monotonic() - started
+    absent = [str(output) for output in step.stage.outputs if not output.exists()]
+    if absent:
+        raise ValueError(
+            f"stage {step.stage.name!r} ended without leaving {absent[0]}; "
+            "make its config and the study's outputs agree."
+        )
+    told = {"status": "complete", "seconds": round(seconds, 1), "config": str(step.stage.config)}
+    _record(study.folder, step.stage.name, {**values, **told})
+    return seconds
+
+
+def _move_aside(study: Study, stage: Stage) -> None:
+    """A capture may have taken days, so nothing is deleted that the last run left; what was moved before it is."""
+    if not _is_first_process():
+        return
+    for output in stage.outputs:
+        if output.exists():
+            target = study.folder / REPLACED / output.relative_to(study.folder)
+            if target.is_dir():
+                shutil.rmtree(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            output.rename(target)
+            _say(f"{'':<22} moved the earlier {output} to {target}")
+
+
+def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / RECORD
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    if not isinstance(values, dict) or not all(
+        isinstance(v, dict) and {"key", "status", "run", "upstream"} <= set(v) for v in values.values()
+    ):
+        raise ValueError(f"{path} is not a study's record; remove it to run every stage again.")
+    return values
+
+
+def _record(folder: Path, stage: str, values: dict[str, Any]) -> None:
+    if _is_first_process():
+        write_json(folder / RECORD, {**_recorded(folder), stage: values})
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}: name one, such as configs/tiny/study.yaml.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no keys; expected a YAML mapping.")
+    return values
+
+
+def _check_keys(values: dict[str, Any], known: tuple[str, ...], path: Path, required: tuple[str, ...]) -> None:
+    for key in values:
+        if key not in known:
+            raise ValueError(unknown_key(str(key), known, str(path)))
+    for key in required:
+        if key not in values:
+            raise ValueError(f"{path} lacks the key {key!r}; it takes {', '.join(known)}.")
+
+
+def _inputs(value: Any, folder: Path) -> Iterator[Path]:
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from _inputs(part, folder)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _inputs(part, folder)
+    elif isinstance(value, str) and 0 < len(value) < 1024:
+        path = Path(value.removeprefix("local-dir:"))
+        inside = folder.resolve() in (path.resolve(), *path.resolve().parents)
+        is_model = path.is_dir() and any(
+            (path / name).is_file() for name in ("model_index.json", "open_clip_config.json")
+        )
+        if not inside and (path.is_file() or is_model):
+            yield path
+
+
+def _content_hash(path: Path) -> str:
+    """Of a file, or of a folder's files by name: size and content, of large files the first and last MiB."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
+            with file.open("rb") as handle:
+                digest.update(handle.read(ENDS))
+                handle.seek(max(ENDS, size - ENDS))
+                digest.update(handle.read(ENDS))
+    return digest.hexdigest()
+
+
+def _is_first_process() -> bool:
+    """False in the further processes that a Trainer's strategy starts, which run this same command."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_first_process():
+        print(text, flush=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

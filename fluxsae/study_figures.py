@@ -1,0 +1,99 @@
+"""All figures of a study, from one config file."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from fluxsae.explain import explain
+from fluxsae.features import Selection, read_features
+from fluxsae.figures.compare_sites import check_same_images, compare_sites, site_features
+from fluxsae.figures.contact_sheet import Layout, contact_sheet, sheet_rows
+from fluxsae.figures.decoder import decoder
+from fluxsae.figures.density import density, frequencies
+from fluxsae.figures.training_curves import read_run, training_curves
+from fluxsae.sae.checkpoint import load_sae
+from fluxsae.scoring import Scores
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site to compare: its scores, and which of its features."""
+
+    scores: Path
+    select: Selection
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What to draw. A figure whose files are not named is left out; each is a PNG with its numbers in a CSV beside it.
+
+    Args:
+        folder: where the figures go.
+        select: the features of the contact sheet and of the decoder's cosines.
+        images: folder of the captured images, for the contact sheet.
+        overlays: folder of the overlays, for the contact sheet.
+        layout: of the contact sheet: pairs of original and overlay, or overlays alone.
+        title: of the contact sheet.
+        sae: the SAE whose decoder is shown.
+        runs: name → folder of trainings whose curves are shown in one figure.
+        sites: two sites of the same images whose features are compared.
+    """
+
+    folder: Path
+    select: Selection
+    images: Path | None = None
+    overlays: Path | None = None
+    layout: Layout = "pairs"
+    title: str = ""
+    sae: Path | None = None
+    runs: dict[str, Path] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.sites) not in (0, 2):
+            raise ValueError(f"{len(self.sites)} sites are named to be compared; name two, or none.")
+
+
+def read_figures(config: Path) -> Figures:
+    """The figures that a YAML file asks for. FileNotFoundError and argparse.ArgumentError, in a sentence."""
+    if not config.is_file():
+        raise FileNotFoundError(f"there is no config file {config}: name one, such as configs/tiny/figures.yaml.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Figures, "figures")
+    # One key above all others, because a dataclass is made from a group of arguments and not from a whole parser.
+    try:
+        text = "figures:\n" + "".join(f"  {line}\n" for line in config.read_text(encoding="utf-8").splitlines())
+        return parser.instantiate(parser.parse_string(text)).figures
+    except argparse.ArgumentError as error:
+        known = {"": list(Figures.__dataclass_fields__), "select": list(Selection.__dataclass_fields__)}
+        raise argparse.ArgumentError(None, explain(str(error).replace("figures.", ""), known)) from error
+
+
+def draw_figures(config: Path) -> list[Path]:
+    """Draw what the config asks for; the paths of the pictures."""
+    figures = read_figures(config)
+    drawn: list[Path] = []
+
+    def place(name: str) -> Path:
+        drawn.append(figures.folder / f"{name}.png")
+        return drawn[-1]
+
+    if figures.images is not None and figures.overlays is not None:
+        rows = sheet_rows(figures.select, figures.images, figures.overlays)
+        contact_sheet(rows, place("contact_sheet"), layout=figures.layout, title=figures.title)
+    if figures.runs:
+        training_curves({name: read_run(folder) for name, folder in figures.runs.items()}, place("training_curves"))
+    density(frequencies(read_features(figures.select.table)), place("density"))
+    if figures.sae is not None:
+        weights = load_sae(figures.sae).W_dec.detach().numpy()
+        decoder(weights, figures.select.rows(), place("decoder"))
+    if figures.sites:
+        left, right = (Scores.open(site.scores) for site in figures.sites)
+        check_same_images(left, right)
+        shown = [site_features(s, site.select.rows()) for s, site in zip((left, right), figures.sites, strict=True)]
+        compare_sites(shown[0], shown[1], place("compare_sites"))
+    return drawn

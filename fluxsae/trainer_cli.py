@@ -1,0 +1,151 @@
+"""LightningCLI with this project's defaults: one Trainer verb, a model and its data from a config file."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from fluxsae.explain import explain, unknown_key
+from fluxsae.sae.checkpoint import load_sae
+from fluxsae.sae.coder import SAE
+from fluxsae.spec import differences
+from fluxsae.training import SAETraining
+
+NOISE = (
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch
+    r".*Checkpoint directory .* exists and is not empty",  # a stage that is run again goes on in its own folder
+    r".*does not have many workers",  # shards are memory-mapped, and prompts are a list
+    r".*The number of training batches .* is smaller than the logging interval",
+    r".*Your `IterableDataset` has `__len__` defined",  # it counts what each process yields
+    r".*predict returned None",  # predictions go to callbacks
+)
+"""Warnings that hold for this project's users in no case, and why."""
+
+DEFAULTS: dict[str, Any] = {"num_sanity_val_steps": 0, "enable_model_summary": False}
+"""Trainer defaults: validation has nothing to try out in advance, and the config says how large the model is."""
+
+
+class TrainerCLI(LightningCLI):
+    """Subclass mode: `model` and `data` are a class_path and init_args. Only the verb's own parser is built."""
+
+    verb = "fit"
+
+    @classmethod
+    def start(cls, verb: str, arguments: Sequence[str], run: bool = True) -> TrainerCLI:
+        """Parse `arguments`, instantiate and, unless `run` is False, run `verb`.
+
+        Raises argparse.ArgumentError, in one sentence, for whatever does not fit the signatures.
+        """
+        # LightningCLI asks the class which verbs there are; a parser for each would cost a second.
+        one_verb = type(cls.__name__, (cls,), {"verb": verb})
+        strict = {"exit_on_error": False}
+        _check_top_level(verb, arguments)
+        with warnings.catch_warnings():
+            for message in NOISE:
+                warnings.filterwarnings("ignore", message=message)
+            # Lightning 2 speaks to jsonargparse as to its version 4.48.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
+            return cls._start(one_verb, verb, arguments, strict, run)
+
+    @staticmethod
+    def _start(
+        one_verb: type[TrainerCLI], verb: str, arguments: Sequence[str], strict: dict[str, Any], run: bool
+    ) -> TrainerCLI:
+        try:
+            return one_verb(
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_callback=SaveConfigCallback if verb == "fit" and run else None,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults=DEFAULTS | ({} if verb == "fit" else {"logger": False}),
+                parser_kwargs={"prog": "fluxsae", **strict, verb: {**strict, "usage": _usage(verb)}},
+                args=[verb, *arguments] if run else list(arguments),
+                run=run,
+            )
+        except argparse.ArgumentError as error:
+            text = explain(str(error), {"": _top_level(verb), "trainer": inspect.signature(Trainer).parameters})
+            raise argparse.ArgumentError(None, text) from error
+
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:  # type: ignore[override]
+        return {cls.verb: LightningCLI.subcommands()[cls.verb]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Lightning's own warns when there are arguments on the command line as well, as there always are here."""
+        assert isinstance(args, list)
+        self.config = parser.parse_args(args)
+
+    def predict(self, model: LightningModule, **kwargs: Any) -> None:
+        """Predictions go to callbacks; a list of them all would fill the memory."""
+        kwargs["return_predictions"] = bool(kwargs.get("return_predictions"))
+        self.trainer.predict(model, **kwargs)
+
+    def validate(self, model: LightningModule, **kwargs: Any) -> None:
+        _load_trained(model, **kwargs)
+        self.trainer.validate(model, **kwargs)
+
+    def test(self, model: LightningModule, **kwargs: Any) -> None:
+        _load_trained(model, **kwargs)
+        self.trainer.test(model, **{**kwargs, "verbose": isinstance(model, SAETraining)})
+
+
+def _load_trained(model: LightningModule, datamodule: Any = None, ckpt_path: Any = None, **_: Any) -> None:
+    """A training config names an untrained SAE; measuring means the one in its folder, unless a checkpoint is named."""
+    if not isinstance(model, SAETraining) or ckpt_path is not None:
+        return
+    trained = load_sae(model.folder)
+    if type(trained) is not type(model.sae) or trained.W_dec.shape != model.sae.W_dec.shape:
+        raise ValueError(
+            f"{model.folder} holds {_shape(trained)} but the config says {_shape(model.sae)}; fit it first."
+        )
+    other = differences(trained.spec, datamodule.spec) if trained.spec is not None and datamodule is not None else []
+    if other:
+        raise ValueError(f"{model.folder} was trained on another capture ({'; '.join(other)}); fit it again.")
+    model.sae.load_state_dict(trained.state_dict())
+
+
+def _usage(verb: str) -> str:
+    return (
+        f"fluxsae {verb} -c CONFIG [--KEY VALUE ...]\n\n"
+        "Any key of the config file can be given here too, as in --trainer.devices 2. For the keys of a model, data "
+        f"set or callback:\n  fluxsae {verb} --model.help fluxsae.FluxCapture"
+    )
+
+
+def _shape(sae: SAE) -> str:
+    return f"a {type(sae).__name__} of {sae.n_features} features and width {sae.d_in}"
+
+
+def _check_top_level(verb: str, arguments: Sequence[str]) -> None:
+    """jsonargparse passes over an unknown key that has nothing under it."""
+    known = _top_level(verb)
+    files = [value for flag, value in pairwise(arguments) if flag in ("-c", "--config")]
+    files += [value.removeprefix("--config=") for value in arguments if value.startswith("--config=")]
+    for path in map(Path, files):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no config file {path}: name one, such as configs/tiny/study.yaml.")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
+        for key in values if isinstance(values, dict) else ():
+            if key not in known:
+                raise ValueError(unknown_key(str(key), known, str(path)))
+
+
+def _top_level(verb: str) -> list[str]:
+    method = partial(getattr, Trainer)(verb)
+    skip = {"self", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"}
+    return ["model", "data", "trainer", "seed_everything", *(set(inspect.signature(method).parameters) - skip)]

@@ -1,0 +1,56 @@
+"""Attributes are counted as the prompts say them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fluxsae.analysis.alive import AliveStatistics
+from fluxsae.analysis.attributes import (
+    Attributes,
+    attribute_values,
+    compare,
+    frequencies,
+    shared_attribute,
+)
+from fluxsae.analysis.coherence import Coherence
+from fluxsae.analysis.top_images import TopImages
+from fluxsae.features import Feature, read_features
+from fluxsae.storage import read_json
+from tests.analysis.study import make_study, run
+from tests.random_clip import random_clip
+
+
+def test_shared_attribute() -> None:
+    fox, pair, blue = (
+        attribute_values(said)
+        for said in ({"object": "fox", "background": "blue"}, {"object": "owl|fox"}, {"background": "blue"})
+    )
+    assert shared_attribute([fox, pair, blue], {"object=fox": 0.5, "background=blue": 0.1}).label == "background=blue"
+    assert shared_attribute([fox, pair], {}) == ("object=fox", 1.0)
+    assert shared_attribute([], {}) == ("", 0.0)
+    assert frequencies([fox, pair])["object=owl"] == 0.5
+
+
+def test_compare() -> None:
+    blank = Feature(0, True, None, None, None, None, None, None, None, "", None, ())
+    table = [blank._replace(feature=i, coherence=i / 10, label_share=1.0 if i > 5 else 0.5) for i in range(10)]
+    result = compare(table, 3, 0.8, seed=0)
+    assert result.coherent == [9, 8, 7] and result.coherent_sharing == 3
+    assert len(result.random) == 3 and result.random_sharing == sum(i > 5 for i in result.random)
+
+
+def test_callback(tmp_path: Path) -> None:
+    study, clip = make_study(tmp_path), random_clip(tmp_path / "clip")
+    run(
+        study,
+        AliveStatistics(study.features, min_images=1),
+        TopImages(study.features, 4),
+        Coherence(study.features, study.images.folder, clip, n_images=4, n_null=5),
+        Attributes(study.features, study.folder / "prompts.jsonl", n_compare=3),
+    )
+    for row in read_features(study.features):
+        if row.top_images:  # every prompt says kind=b
+            assert (row.label, row.label_share) in {("kind=b", 1.0), ("kind=a", 1.0)} or len(row.top_images) == 1
+    assert read_json(tmp_path / "attributes.json")["coherent_sharing"] == pytest.approx(3)

@@ -1,0 +1,71 @@
+"""Two processes leave the same files as one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fluxsae.features import Selection
+from tests.analysis.study import Study, make_study, run
+from tests.random_clip import random_clip
+
+SCRIPT = """
+import sys, warnings
+from pathlib import Path
+from tests.analysis.test_processes import score, study_at
+if __name__ == "__main__":
+    score(study_at(Path(sys.argv[1])), sys.argv[2], accelerator="cpu", devices=2, strategy="ddp", images_per_batch=4)
+"""
+
+
+def study_at(folder: Path) -> Study:
+    from fluxsae.sae import load_sae
+    from fluxsae.shards.read import ShardSet
+
+    return Study(folder, ShardSet.open(folder / "tokens"), ShardSet.open(folder / "images"), load_sae(folder / "sae"))
+
+
+def score(study: Study, name: str, **trainer: object) -> None:
+    """Every scoring callback, then overlays, with results under `name`."""
+    from fluxsae.analysis.alive import AliveStatistics
+    from fluxsae.analysis.coherence import Coherence
+    from fluxsae.analysis.overlays import Overlays
+    from fluxsae.analysis.scores_writer import ScoresWriter
+    from fluxsae.analysis.top_images import TopImages
+
+    out = study.folder / name
+    table = out / "features.csv"
+    clip = f"local-dir:{study.folder / 'clip'}"
+    run(
+        study,
+        ScoresWriter(out / "scores"),
+        AliveStatistics(table, min_images=1),
+        TopImages(table, 4),
+        Coherence(table, study.images.folder, clip, n_images=4, n_null=5),
+        **trainer,
+    )
+    select = Selection(table, n_features=4, rank_by="max", n_images=3)
+    run(study, Overlays(out / "overlays", study.images.folder, select), only=select, **trainer)
+
+
+@pytest.mark.slow
+def test_two_processes_leave_what_one_leaves(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    random_clip(tmp_path / "clip")
+    score(study, "one")
+    script = tmp_path / "two.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, "two"], env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (one / "features.csv").read_text() == (two / "features.csv").read_text()
+    assert (one / "overlays/overlays.csv").read_text() == (two / "overlays/overlays.csv").read_text()
+    assert np.array_equal(np.load(one / "scores/matrix.npy"), np.load(two / "scores/matrix.npy"))

@@ -1,0 +1,68 @@
+"""S on disk equals S by its definition, and shards of another capture are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from lightning.pytorch import Callback
+
+from fluxsae.analysis.scores_writer import ScoresWriter
+from fluxsae.features import Selection, update_features
+from fluxsae.sae import save_sae
+from fluxsae.scoring import Scores, prompt_key
+from tests.analysis.study import Study, all_scores, make_study, run
+from tests.synthetic import capture_spec
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return make_study(tmp_path)
+
+
+def test_matrix_and_table(study: Study) -> None:
+    run(study, ScoresWriter(study.folder / "scores", study.folder / "prompts.jsonl"))
+    scores = Scores.open(study.folder / "scores")
+    assert np.allclose(scores.matrix, all_scores(study).numpy(), atol=1e-5)
+    assert isinstance(scores.matrix, np.memmap) and scores.spec == study.tokens.spec
+    assert scores.images[3] == {
+        "image": "3", "prompt_id": "1", "repetition": "1", "seed": "1003",
+        "prompt": "a small thing number 1", "kind": "a|b", "object": "thing 1",
+    }  # fmt: skip
+
+
+def test_no_scores_where_none_were_finished(study: Study) -> None:
+    class Fails(Callback):
+        def on_predict_batch_end(self, *_: object, **__: object) -> None:
+            raise KeyError("in the middle")
+
+    with pytest.raises(KeyError):
+        run(study, ScoresWriter(study.folder / "scores"), Fails())
+    assert list((study.folder / "scores").iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="run the scores stage"):
+        Scores.open(study.folder / "scores")
+
+
+def test_another_step_is_refused_with_both_values(study: Study) -> None:
+    study.sae.spec = capture_spec(step=1)
+    save_sae(study.folder / "sae", study.sae)
+    with pytest.raises(ValueError, match="step: 1 != 2"):
+        run(study)
+
+
+def test_an_unknown_spec_is_accepted(study: Study) -> None:
+    study.sae.spec = None
+    save_sae(study.folder / "sae", study.sae)
+    run(study)
+
+
+def test_some_images_are_not_all(study: Study) -> None:
+    update_features(study.features, {"alive": [True] * 24, "max": [1.0] * 24, "top_images": ["0"] * 24})
+    with pytest.raises(ValueError, match="only"):
+        run(study, ScoresWriter(study.folder / "scores"), only=Selection(study.features, rank_by="max"))
+
+
+def test_prompt_key_depends_on_the_text_alone() -> None:
+    assert prompt_key("a fox") == prompt_key("a fox") != prompt_key("a fox ")
+    assert 0 <= prompt_key("a fox") < 2**63

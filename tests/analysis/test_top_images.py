@@ -1,0 +1,43 @@
+"""The streamed lists equal a sort of the whole matrix under the unique-prompt rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxsae.analysis.top_images import TopImages, TopList
+from fluxsae.features import read_features
+from tests.analysis.study import all_scores, make_study, run
+
+
+def by_sorting(scores: list[float], prompts: list[int], n_images: int, unique: bool) -> list[int]:
+    chosen: list[int] = []
+    for image in sorted(range(len(scores)), key=lambda i: (-scores[i], i)):
+        if scores[image] > 0 and not (unique and prompts[image] in {prompts[i] for i in chosen}):
+            chosen.append(image)
+    return chosen[:n_images]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 6), st.integers(1, 9), st.booleans())
+def test_streamed_in_any_order_and_batches(seed: int, n_images: int, size: int, unique: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, 5, (20, 4), generator=generator).float()  # many ties and zeros
+    prompts = torch.randint(0, 7, (20,), generator=generator)
+    tops = [TopList(4, n_images, unique) for _ in range(2)]
+    for n, part in enumerate(torch.randperm(20, generator=generator).split(size)):
+        tops[n % 2].add(part, prompts[part], scores[part])
+    tops[0].merge(tops[1].images, tops[1].prompts, tops[1].scores)
+    expected = [by_sorting(scores[:, f].tolist(), prompts.tolist(), n_images, unique) for f in range(4)]
+    assert tops[0].ids() == expected
+
+
+def test_callback(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    run(study, TopImages(study.features, n_images=4))
+    scores, prompts = all_scores(study), [record.prompt_id for record in study.tokens.records]
+    for row in read_features(study.features):
+        assert list(row.top_images) == by_sorting(scores[:, row.feature].tolist(), prompts, 4, True)

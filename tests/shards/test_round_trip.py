@@ -1,0 +1,134 @@
+"""What goes into a shard set comes out, for us and for readers that know only tar and safetensors."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxsae.shards import ShardSet, ShardWriter
+from fluxsae.shards.encoding import decode_tokens, encode_tokens
+from fluxsae.shards.format import METADATA, Storage
+from tests.synthetic import capture_spec, dictionary, draw, generation_spec, image_shards, records, token_shards
+
+TOLERANCE = {"fp32": 0.0, "bf16": 2**-8, "fp8": 2**-4}
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "fp8"])
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 40), st.integers(-30, 30), st.integers(0, 10))
+def test_tokens_survive_encoding(storage: Storage, n_tokens: int, d_in: int, exponent: int, seed: int) -> None:
+    tokens = torch.randn(n_tokens, d_in, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    data = bytearray(encode_tokens(tokens, storage))
+    decoded = decode_tokens(data, 0, len(data)).float()
+    # fp8 keeps 3 bits of mantissa; what is below 2^-14 of a token's largest entry is lost to its smallest step.
+    floor = tokens.abs().amax(dim=1, keepdim=True) * (2.0**-14 if storage == "fp8" else 0.0)
+    assert bool(((decoded - tokens).abs() <= TOLERANCE[storage] * tokens.abs() + floor).all())
+
+
+def test_fp8_of_a_zero_token_is_zero() -> None:
+    data = bytearray(encode_tokens(torch.zeros(2, 3), "fp8"))
+    assert torch.equal(decode_tokens(data, 0, len(data)).float(), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("storage", ["fp32", "bf16", "fp8"])
+def test_a_set_reads_back_in_any_order(tmp_path: Path, storage: Storage) -> None:
+    shards = token_shards(tmp_path, 7, 2, storage=storage, images_per_shard=4)
+    source, generator = dictionary(16), torch.Generator().manual_seed(0)
+    tokens = [draw(source, 16, generator) for _ in range(14)]
+    assert len(shards) == 14 and shards.spec == capture_spec() and shards.records == records(7)
+    for image in random.Random(0).sample(range(14), 14):
+        assert torch.allclose(shards.tokens(image).float(), tokens[image], rtol=TOLERANCE[storage], atol=2e-3)
+    assert shards.tokens_batch([13, 0]).shape == (2, 16, 16)
+    assert torch.equal(shards.tokens_batch([13, 0])[1], shards.tokens(0))
+
+
+def test_pictures_read_back(tmp_path: Path) -> None:
+    shards = image_shards(tmp_path, 3, 2)
+    assert shards.generation == generation_spec()
+    assert np.asarray(shards.image(4)).shape == (64, 64, 3)
+    assert np.asarray(shards.image(2))[0, 0].tolist() == [37, 101, 59]
+
+
+def test_statistics_are_those_of_the_stored_tokens(tmp_path: Path) -> None:
+    shards = token_shards(tmp_path, 5, 2, images_per_shard=3)
+    x = shards.tokens_batch(range(10)).flatten(0, 1).double()
+    numbers = shards.statistics
+    assert numbers.n_tokens == len(x)
+    assert torch.allclose(numbers.mean, x.mean(dim=0), atol=1e-12)
+    assert numbers.mean_norm == pytest.approx(float(x.norm(dim=1).mean()), rel=1e-12)
+    normalised = (x - numbers.mean) * numbers.scale
+    assert float(normalised.var(dim=0, correction=0).mean()) == pytest.approx(1.0, rel=1e-12)
+
+
+def test_writing_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        token_shards(tmp_path / name, 4, 2)
+    for path in sorted((tmp_path / "a").iterdir()):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+@settings(max_examples=8, deadline=None)
+@given(order=st.permutations(range(4)), n_writers=st.integers(1, 3))
+def test_the_set_does_not_depend_on_who_wrote_what_when(
+    tmp_path_factory: pytest.TempPathFactory, order: list[int], n_writers: int
+) -> None:
+    folder = tmp_path_factory.mktemp("set")
+    generator = torch.Generator().manual_seed(0)
+    tokens = [draw(dictionary(16), 16, generator) for _ in range(14)]
+    writers = [ShardWriter(folder / "b", capture_spec(), images_per_shard=4) for _ in range(n_writers)]
+    for shard in order:
+        writer = writers[shard % n_writers]
+        for record in records(7)[shard * 4 : shard * 4 + 4]:
+            writer.add(shard, record, tokens[record.image])
+        writer.close_shard(shard)
+    writers[0].finalise(4)
+    token_shards(folder / "a", 7, 2, images_per_shard=4)
+    assert (folder / "a" / METADATA).read_bytes() == (folder / "b" / METADATA).read_bytes()
+
+
+def test_a_plain_tar_reader_understands_it(tmp_path: Path) -> None:
+    shards = token_shards(tmp_path, 2, 2, storage="fp8", images_per_shard=4)
+    with tarfile.open(tmp_path / "shard-00000.tar") as tar:
+        assert tar.getnames()[:2] == ["000000000.json", "000000000.tokens.safetensors"]
+        tensors = safetensors.torch.load(tar.extractfile("000000001.tokens.safetensors").read())  # type: ignore[union-attr]
+        record = json.load(tar.extractfile("000000001.json"))  # type: ignore[arg-type]
+    assert record == records(2)[1]._asdict()
+    decoded = tensors["tokens"].float() * tensors["scale"][:, None]
+    assert torch.equal(decoded, shards.tokens(1).float())
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves the tar's file to the garbage collector
+def test_webdataset_understands_it(tmp_path: Path) -> None:
+    shards = token_shards(tmp_path, 2, 2, images_per_shard=4)
+    url = str(tmp_path / "shard-00000.tar")
+    samples = list(webdataset.WebDataset(url, shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [f"{i:09d}" for i in range(4)]
+    tokens = safetensors.torch.load(samples[3]["tokens.safetensors"])["tokens"]
+    assert torch.equal(tokens, shards.tokens(3))
+
+
+def test_a_set_travels_to_worker_processes(tmp_path: Path) -> None:
+    import pickle
+
+    shards = token_shards(tmp_path, 2, 2)
+    before = shards.tokens(1).clone()
+    assert torch.equal(pickle.loads(pickle.dumps(shards)).tokens(1), before)
+
+
+def test_reading_never_writes(tmp_path: Path) -> None:
+    shards = token_shards(tmp_path, 2, 2)
+    before = (tmp_path / "shard-00000.tar").read_bytes()
+    shards.tokens(0).zero_()
+    assert (tmp_path / "shard-00000.tar").read_bytes() == before
+    assert io.BytesIO(before).getbuffer().nbytes == ShardSet.open(tmp_path).metadata.shards[0].bytes

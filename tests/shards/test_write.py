@@ -1,0 +1,90 @@
+"""Shards appear when whole, are known when complete, and refuse what does not belong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxsae.shards import ShardWriter
+from tests.synthetic import capture_spec, generation_spec, records, token_shards
+
+
+def write_shard(writer: ShardWriter, shard: int, n: int = 4) -> None:
+    for record in records(8)[shard * 4 : shard * 4 + n]:
+        writer.add(shard, record, torch.ones(16, 8))
+    writer.close_shard(shard)
+
+
+def test_a_shard_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, capture_spec(), images_per_shard=4)
+    writer.add(0, records(2)[0], torch.ones(16, 8))
+    assert not (tmp_path / "shard-00000.tar").exists() and not writer.is_complete(0)
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+    write_shard(writer, 0)
+    assert writer.is_complete(0) and writer.is_complete(0, samples=4) and not writer.is_complete(0, samples=5)
+
+
+def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, capture_spec(), images_per_shard=4)
+    (tmp_path / ".shard-00000-abc.tar").write_bytes(b"half")
+    write_shard(writer, 0)
+    writer.finalise(1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metadata.json", "shard-00000.json", "shard-00000.tar"]
+
+
+def test_a_shard_cut_short_or_of_another_spec_is_not_complete(tmp_path: Path) -> None:
+    write_shard(ShardWriter(tmp_path, capture_spec(), images_per_shard=4), 0)
+    for other in (
+        ShardWriter(tmp_path, capture_spec(guidance=1.0), images_per_shard=4),
+        ShardWriter(tmp_path, capture_spec(), storage="fp8", images_per_shard=4),
+        ShardWriter(tmp_path, capture_spec(), images_per_shard=8),
+    ):
+        assert not other.is_complete(0)
+    assert ShardWriter(tmp_path, capture_spec(model="elsewhere/tiny"), images_per_shard=4).is_complete(0)
+    tar = tmp_path / "shard-00000.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    assert not ShardWriter(tmp_path, capture_spec(), images_per_shard=4).is_complete(0)
+
+
+def test_a_missing_shard_stops_finalise(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, capture_spec(), images_per_shard=4)
+    write_shard(writer, 0)
+    with pytest.raises(ValueError, match=r"shard-00001\.tar is not whole"):
+        writer.finalise(2)
+
+
+def test_a_gap_between_shards_stops_finalise(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, capture_spec(), images_per_shard=4)
+    write_shard(writer, 0, n=3)
+    write_shard(writer, 1)
+    with pytest.raises(ValueError, match="starts at image 4, expected 3"):
+        writer.finalise(2)
+
+
+def test_another_capture_in_the_same_folder_is_refused_with_both_values(tmp_path: Path) -> None:
+    token_shards(tmp_path)
+    with pytest.raises(ValueError, match=r"guidance: 3\.5 != 1\.0"):
+        ShardWriter(tmp_path, capture_spec(guidance=1.0))
+    with pytest.raises(ValueError, match="storage: 'bf16' != 'fp8'"):
+        ShardWriter(tmp_path, capture_spec(), storage="fp8")
+    with pytest.raises(ValueError, match="holds a set of tokens"):
+        ShardWriter(tmp_path, generation_spec(), kind="images")
+
+
+def test_tokens_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, capture_spec())
+    with pytest.raises(ValueError, match=r"image 3 .* NaN or infinite"):
+        writer.add(0, records(3)[3], torch.full((16, 8), float("nan")))
+
+
+def test_images_out_of_order_are_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, capture_spec())
+    writer.add(0, records(3)[3], torch.ones(16, 8))
+    with pytest.raises(ValueError, match="image 5 does not follow image 3"):
+        writer.add(0, records(3)[5], torch.ones(16, 8))
+    writer.abandon()
+    with pytest.raises(ValueError, match="no samples to close"):
+        writer.close_shard(0)

@@ -1,0 +1,301 @@
+"""Captures on a random FLUX: what lies on disk, going on after an interrupt, several processes, refusals."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from lightning import Trainer
+
+import fluxsae.capture
+from fluxsae.capture import FluxCapture, PromptData, RequestBatch, image_seed, set_folder
+from fluxsae.flux.generate import generate
+from fluxsae.flux.record import record
+from fluxsae.shards.read import ShardSet
+
+SITE, TEXT_SITE = "transformer_blocks.1.ff", "single_transformer_blocks.0:text"
+HOSTILE = [
+    "../../etc/passwd",
+    "=cmd()",
+    "a" * 4000,
+    "<|endoftext|></s><pad>",
+    "\x00\x1b[31m",
+    "狐狸 🦊 \u202e",
+    "%s{0}$HOME",
+]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": f"scene {i}", "background": "blue" if i % 2 else ""} for i in range(5)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def trainer(**options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(**{**quiet, **options})
+
+
+def capture(tiny_flux: Path, folder: Path, **changes: Any) -> FluxCapture:
+    options: dict[str, Any] = {
+        "sites": [SITE, TEXT_SITE],
+        "steps": [1, 2],
+        "height": 32,
+        "width": 48,
+        "n_steps": 4,
+        "storage": "fp32",
+    }
+    return FluxCapture(str(tiny_flux), folder, **{**options, **changes})
+
+
+def data(prompts: Path, **changes: Any) -> PromptData:
+    return PromptData(prompts, **{"repetitions": 2, "batch_size": 3, "images_per_shard": 4, **changes})
+
+
+def run(module: FluxCapture, prompts: PromptData) -> None:
+    trainer().predict(module, prompts, return_predictions=False)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def finished(tiny_flux: Path, prompts: Path, tmp_path: Path) -> Path:
+    run(capture(tiny_flux, tmp_path / "finished"), data(prompts))
+    return tmp_path / "finished"
+
+
+def test_what_lies_on_disk(finished: Path, tiny_pipe: FluxPipeline) -> None:
+    record_ = json.loads((finished / "generation.json").read_text())
+    assert (record_["n_prompts"], record_["n_images"]) == (5, 10)
+    assert record_["spec"]["text_length"] == 16 and record_["spec"]["dtype"] == "float32"
+    assert record_["spec"]["shift"] == pytest.approx(math.exp(0.5 - (256 - 6) * 0.65 / 3840))
+    line = json.loads((finished / "prompts.jsonl").read_text().splitlines()[1])
+    assert line == {"id": 1, "prompt": "scene 1", "attributes": {"background": "blue"}}
+    images = ShardSet.open(finished / "images")
+    for site, n_tokens in ((SITE, 6), (TEXT_SITE, 16)):
+        for step in (1, 2):
+            tokens = ShardSet.open(set_folder(finished, site, step))
+            assert len(tokens) == 10 and tokens.spec.site == site and tokens.spec.step == step
+            assert tokens.tokens(3).shape == (n_tokens, 32)
+            assert tokens.records == images.records
+    third = images.records[3]
+    assert (third.prompt_id, third.repetition, third.seed) == (1, 1, image_seed(0, 3))
+    assert images.image(3).size == (48, 32)
+    with record(tiny_pipe, [SITE], [2]) as tape:
+        again = generate(
+            tiny_pipe, ["scene 1"], [third.seed], height=32, width=48, n_steps=4, guidance=3.5, text_length=16
+        )
+    stored = ShardSet.open(set_folder(finished, SITE, 2)).tokens(3)
+    torch.testing.assert_close(stored, tape[SITE, 2][0], rtol=1e-4, atol=1e-5)
+    assert again.images is not None
+    difference = torch.tensor(list(again.images[0].tobytes())) - torch.tensor(list(images.image(3).tobytes()))
+    assert difference.abs().max() <= 1
+
+
+@pytest.mark.parametrize("n_batches", [0, 1, 3])
+def test_a_killed_capture_goes_on_to_the_same_files(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path, n_batches: int
+) -> None:
+    folder = tmp_path / "killed"
+
+    class Killed(FluxCapture):
+        def predict_step(self, batch: RequestBatch, batch_idx: int = 0) -> int:
+            if batch_idx == n_batches:
+                raise RuntimeError("killed")
+            return super().predict_step(batch, batch_idx)
+
+    first = Killed(str(tiny_flux), folder, [SITE, TEXT_SITE], [1, 2], 32, 48, 4, storage="fp32")
+    with pytest.raises(RuntimeError, match="killed"):
+        run(first, data(prompts))
+    assert not list(folder.rglob("metadata.json"))
+    run(capture(tiny_flux, folder), data(prompts))
+    assert files(folder) == files(finished)
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+import fluxsae.capture
+from tests.test_capture import capture, data, run
+
+original, calls = fluxsae.capture.generate, []
+
+def die_at_the_fourth(*args, **options):
+    calls.append(1)
+    return original(*args, **options) if len(calls) < 4 else os._exit(9)
+
+fluxsae.capture.generate = die_at_the_fourth
+run(capture(Path(sys.argv[1]), Path(sys.argv[2])), data(Path(sys.argv[3])))
+"""
+
+
+def test_a_process_that_dies_leaves_nothing_that_stays(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path
+) -> None:
+    folder = tmp_path / "dead"
+    arguments = [str(tiny_flux), str(folder), str(prompts)]
+    child = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, capture_output=True)
+    assert child.returncode == 9, child.stderr.decode()
+    assert list(folder.rglob(".shard-*")) and list(folder.rglob("shard-00000.tar"))
+    (folder / "embeddings" / ".half.safetensors").write_text("left by a process that died while it wrote")
+    run(capture(tiny_flux, folder), data(prompts))
+    assert files(folder) == files(finished)
+
+
+def test_an_error_while_making_images_leaves_no_part_of_a_shard(tiny_flux: Path, prompts: Path, tmp_path: Path) -> None:
+    original, calls = fluxsae.capture.generate, []
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+        return original(*args, **options)
+
+    with (
+        mock.patch.object(fluxsae.capture, "generate", second_fails),
+        pytest.raises(RuntimeError, match="broken"),
+    ):
+        run(capture(tiny_flux, tmp_path / "out"), data(prompts))
+    assert not list((tmp_path / "out").rglob("*shard-*"))
+
+
+def test_two_processes_leave_the_same_files(tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path) -> None:
+    folder = tmp_path / "two"
+    for rank in (1, 0):  # the first finalises, so it comes last here; real processes meet at a barrier
+        one = trainer()
+        with (
+            mock.patch.object(Trainer, "global_rank", rank),
+            mock.patch.object(Trainer, "world_size", 2),
+            mock.patch.object(Trainer, "is_global_zero", rank == 0),
+        ):
+            one.predict(capture(tiny_flux, folder), data(prompts), return_predictions=False)
+    assert files(folder) == files(finished)
+
+
+def test_a_finished_capture_started_again_loads_and_writes_nothing(
+    tiny_flux: Path, prompts: Path, finished: Path
+) -> None:
+    before = files(finished)
+    with mock.patch.object(fluxsae.capture, "load_pipeline", side_effect=AssertionError):
+        run(capture(tiny_flux, finished), data(prompts))
+    assert files(finished) == before
+
+
+def test_a_step_added_later_leaves_the_other_sets_alone(tiny_flux: Path, prompts: Path, finished: Path) -> None:
+    before = files(finished)
+    run(capture(tiny_flux, finished, steps=[1, 2, 3]), data(prompts))
+    after = files(finished)
+    assert {name: after[name] for name in before} == before
+    assert len(ShardSet.open(set_folder(finished, SITE, 3))) == 10
+
+
+def test_without_images_the_sampler_stops_at_the_last_step(tiny_flux: Path, prompts: Path, tmp_path: Path) -> None:
+    with mock.patch.object(
+        FluxTransformer2DModel, "forward", autospec=True, side_effect=FluxTransformer2DModel.forward
+    ) as passes:
+        run(capture(tiny_flux, tmp_path / "out", images=False, n_steps=9), data(prompts, batch_size=4))
+    assert passes.call_count == 3 * 3  # three batches, steps 0 to 2
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_tokens_do_not_depend_on_the_batch_size(tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path) -> None:
+    run(capture(tiny_flux, tmp_path / "one"), data(prompts, batch_size=1))
+    a, b = (ShardSet.open(set_folder(folder, SITE, 1)) for folder in (finished, tmp_path / "one"))
+    assert a.records == b.records
+    for i in range(10):
+        torch.testing.assert_close(a.tokens(i), b.tokens(i), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8"])
+def test_half_precision(tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path, storage: str) -> None:
+    run(capture(tiny_flux, tmp_path / "out", dtype="bfloat16", storage=storage), data(prompts))
+    half, full = (ShardSet.open(set_folder(folder, SITE, 1)) for folder in (tmp_path / "out", finished))
+    assert half.spec.generation.dtype == "bfloat16"  # type: ignore[union-attr]
+    distance = (half.tokens(0).float() - full.tokens(0)).norm() / full.tokens(0).norm()
+    assert distance < 0.1
+
+
+@pytest.mark.filterwarnings("ignore:Token indices sequence length")
+def test_hostile_prompts_are_only_text(tiny_flux: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    path = tmp_path / "hostile.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in HOSTILE))
+    run(capture(tiny_flux, tmp_path / "out"), data(path, repetitions=1))
+    assert [r.prompt for r in ShardSet.open(tmp_path / "out" / "images").records] == [t.strip() for t in HOSTILE]
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert not any("passwd" in name or "cmd" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"height": 30}, "height 30 is not a positive multiple of 16 pixels; use 32"),
+        ({"steps": [4]}, "step 4 is beyond the schedule: steps count from 0, so 4 steps are 0 to 3"),
+        ({"steps": [-1]}, "step -1 is beyond the schedule"),
+        ({"n_steps": 0, "steps": []}, "n_steps is 0"),
+        ({"sites": ["a b"]}, "'a b' is not a module path"),
+        ({"text_length": 513}, "text_length is 513; FLUX reads 1 to 512"),
+        ({"sites": []}, "name at least one of each"),
+        ({"sites": [], "steps": [], "images": False}, "nothing to capture"),
+        ({"guidance": float("nan")}, "guidance is nan"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(
+    tiny_flux: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        capture(tiny_flux, tmp_path, **changes)
+
+
+def test_a_wrong_site_or_model_is_refused_before_weights_are_loaded(
+    tiny_flux: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with mock.patch.object(fluxsae.capture, "load_pipeline", side_effect=AssertionError):
+        with pytest.raises(ValueError, match=r"'transformer_blocks.9.ff' is no module"):
+            run(capture(tiny_flux, tmp_path / "out", sites=["transformer_blocks.9.ff"]), data(prompts))
+        with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
+            run(capture(tmp_path / "absent", tmp_path / "out"), data(prompts))
+        with pytest.raises(FileNotFoundError, match="there is no prompts file"):
+            run(capture(tiny_flux, tmp_path / "out"), data(tmp_path / "absent.txt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_another_capture_is_refused(tiny_flux: Path, prompts: Path, finished: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds another capture \(guidance: 3.5 != 2.0\)"):
+        run(capture(tiny_flux, finished, guidance=2.0), data(prompts))
+    with pytest.raises(ValueError, match=r"images_per_shard: 4 != 5"):
+        run(capture(tiny_flux, finished), data(prompts, images_per_shard=5))
+    with pytest.raises(ValueError, match=r"prompts_hash: "):
+        run(capture(tiny_flux, finished), data(prompts, limit=2))
+    with pytest.raises(ValueError, match=r"storage: 'fp32' != 'bf16'"):
+        run(capture(tiny_flux, finished, storage="bf16"), data(prompts))
+
+
+def test_requests_cover_every_image_once_in_whole_shards(prompts: Path) -> None:
+    whole = data(prompts)
+    batches = list(whole.predict_dataloader())
+    assert len(whole.predict_dataloader()) == len(batches) == 5
+    images = [request.image for batch in batches for request in batch.requests]
+    assert images == list(range(10))
+    assert [batch.last_of_shard for batch in batches] == [False, True, False, True, True]
+    assert len({image_seed(base, image) for base in range(3) for image in range(100)}) == 300
+    assert all(0 <= request.seed < 2**63 for batch in batches for request in batch.requests)
+
+
+@pytest.mark.parametrize("name", ["repetitions", "batch_size", "images_per_shard", "limit"])
+def test_counts_of_images_are_positive(prompts: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0; it must be at least 1"):
+        data(prompts, **{name: 0})

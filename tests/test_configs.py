@@ -1,0 +1,206 @@
+"""Every file in `configs/`: it fits the real signatures, and a study of them runs on a random FLUX."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from fluxsae.cli import main
+from fluxsae.features import Selection, read_features
+from fluxsae.flux.load import load_pipeline
+from fluxsae.sae.checkpoint import load_sae
+from fluxsae.storage import read_csv, read_json
+from fluxsae.study import read_study
+from fluxsae.study_figures import read_figures
+from fluxsae.trainer_cli import TrainerCLI
+from tests.random_flux import random_flux
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+STUDIES = sorted(path.parent.name for path in CONFIGS.glob("*/study.yaml"))
+STAGES = {path.stem for path in CONFIGS.glob("*/*.yaml")} - {"study", "figures"}
+BLOCKS = {"tiny": (3, 6), "flux-dev": (19, 38)}
+N_FEATURES, WIDTH = 48, 16
+
+
+def test_every_config_belongs_to_a_study() -> None:
+    for name in STUDIES:
+        named = {stage.config.name for stage in read_study(CONFIGS / name / "study.yaml").stages}
+        assert named | {"study.yaml"} == {path.name for path in (CONFIGS / name).glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_a_config_fits_the_signatures(name: str, stage: str) -> None:
+    verbs = {s.name: s.command for s in read_study(CONFIGS / name / "study.yaml").stages}
+    parser_only = type("ParserOnly", (TrainerCLI,), {"instantiate_classes": lambda self: None})
+    cli = parser_only.start(verbs[stage], ["-c", str(CONFIGS / name / f"{stage}.yaml")], run=False)  # type: ignore[attr-defined]
+    assert cli.config.model.class_path.startswith("fluxsae.")
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_figures_fit_the_signatures(name: str) -> None:
+    assert read_figures(CONFIGS / name / "figures.yaml").select.table.parts[0] == "runs"
+
+
+@pytest.fixture(scope="module", params=STUDIES)
+def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configs of a study, rewritten for a random FLUX of the same block counts; the path of its study.yaml."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    n_dual, n_single = BLOCKS[request.param]
+    random_flux(folder / "flux", n_dual, n_single, heads=1, head_width=WIDTH, text_length=8, sample_size=32)
+    random_clip(folder / "clip")
+    prompts = [{"prompt": f"a fox, number {i}", "object": "fox", "place": ("left", "right")[i % 2]} for i in range(14)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    for path in (CONFIGS / request.param).glob("*.yaml"):
+        values = yaml.safe_load(path.read_text())
+        (folder / path.name).write_text(yaml.safe_dump(rewrite(values, folder, request.param)))
+    return folder / "study.yaml"
+
+
+def rewrite(value: Any, folder: Path, name: str) -> Any:
+    """A config's values with this machine's paths and small sizes, and nothing else changed."""
+    small = {
+        "model": str(folder / "flux"),
+        "prompts": str(folder / "prompts.jsonl"),
+        "clip": f"local-dir:{folder / 'clip'}",
+        "height": 64,
+        "width": 32,
+        "text_length": 8,
+        "d_in": WIDTH,
+        "n_features": N_FEATURES,
+        "k": 4,
+        "max_epochs": 2,
+        "check_val_every_n_epoch": 1,
+        "accelerator": "cpu",
+        "batch_size": 8,
+        "num_workers": 0,
+        "warmup_steps": 1,
+        "repetitions": 1,
+        "strengths": [0.0, 2.0],
+    }
+    if isinstance(value, list):
+        return [rewrite(part, folder, name) for part in value]
+    if isinstance(value, str):
+        for ours, theirs in ((f"runs/{name}", folder / "run"), (f"configs/{name}", folder)):
+            value = value.replace(ours, str(theirs))
+        return value
+    if not isinstance(value, dict):
+        return value
+    new = {}
+    for key, part in value.items():
+        scalar = not isinstance(part, dict)
+        fixed = key in small and scalar and "/run/" not in str(rewrite(part, folder, name))
+        new[key] = small[key] if fixed else rewrite(part, folder, name)
+    if "sites" in new:
+        new |= {"height": 64, "width": 32, "text_length": 8}
+    if new.get("class_path", "").endswith("PromptData"):
+        new["init_args"]["limit"] = 14
+    if new.get("class_path", "").endswith(("Coherence", "TopImages", "SteeringEffects")):
+        new["init_args"] |= {"n_images": 2}
+    if new.get("class_path", "").endswith(("Coherence", "SteeringEffects")):
+        new["init_args"] |= {"clip": small["clip"]}
+    if new.get("class_path", "").endswith("FluxSteering"):
+        new["init_args"]["select"]["n_features"] = 2
+        new["init_args"] |= {"n_random": 1}
+    if "callbacks" in new:
+        new |= {"enable_progress_bar": False}
+    if "max_epochs" in new:
+        new |= {"enable_progress_bar": False, "log_every_n_steps": 1}
+    return new
+
+
+def random_clip(folder: Path) -> None:
+    """An open_clip model with random weights, in open_clip's own folder format."""
+    tower = {"layers": 1, "width": 16}
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {**tower, "image_size": 32, "patch_size": 16, "head_width": 8},
+        "text_cfg": {**tower, "context_length": 8, "vocab_size": 49408, "heads": 2},
+    }
+    model = open_clip.CLIP(**config)
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+
+
+def run(*arguments: object) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # a user's warnings do not stop a run
+        return main([str(argument) for argument in arguments])
+
+
+def test_the_study_runs_is_skipped_and_goes_on_from_a_change(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = study.parent / "run"
+    assert run("study", "-c", study) == 0
+    out = capsys.readouterr().out
+    assert "7 of 7 stages run" in out
+    for expected in ("images", "TopK", "L1", "FVE", "alive", "steering", "Where to look"):
+        assert expected in out
+    assert (folder / "figures" / "contact_sheet.png").exists()
+    assert len(read_features(folder / "features.csv")) == N_FEATURES
+    _check_steering(folder)
+
+    assert run("study", "-c", study) == 0
+    out = capsys.readouterr().out
+    assert out.count("complete and unchanged, skipped") == 7 and "0 of 7 stages run" in out
+
+    config = study.with_name("overlays.yaml")
+    values = yaml.safe_load(config.read_text())
+    values["trainer"]["callbacks"][0]["init_args"]["mode"] = "patch"
+    config.write_text(yaml.safe_dump(values))
+    assert run("study", "-c", study) == 0
+    out = capsys.readouterr().out
+    assert "2 of 7 stages run" in out and "its config or input has changed" in out and "overlays ran anew" in out
+    assert (folder / "replaced" / "overlays").is_dir()
+
+    assert run("study", "-c", study, "--force", "l1", "--until", "scores") == 0
+    out = capsys.readouterr().out
+    assert "1 of 4 stages run" in out and "forced" in out
+
+    assert run("validate", "-c", study.with_name("topk.yaml")) == 0
+    assert run("verify", folder / "capture") == 0
+    assert "whole" in capsys.readouterr().out
+
+
+def _check_steering(folder: Path) -> None:
+    rows = read_csv(folder / "steering" / "effects.csv")
+    still = [row for row in rows if float(row["strength"]) == 0]
+    moved = [row for row in rows if float(row["strength"]) != 0]
+    assert still and all(
+        abs(float(row[name])) < 1e-6 for row in still for name in ("ssim_distance", "activation_change")
+    )
+    assert moved and all(float(row["ssim_distance"]) > 0 for row in moved)
+    assert {row["kind"] for row in rows} == {"feature", "random"}
+    features = {row.feature for row in Selection(folder / "features.csv", n_features=2).rows()}
+    assert {int(row["feature"]) for row in rows} == features
+    assert {path.name for path in (folder / "steering").glob("*.png")} == {f"feature-{f:05d}.png" for f in features}
+
+
+def test_what_the_readme_shows_runs(study: Path) -> None:
+    import fluxsae
+
+    folder = study.parent / "run"
+    if not (folder / "sae").exists():
+        assert run("study", "-c", study) == 0
+    pipe, sae = load_pipeline(study.parent / "flux"), load_sae(folder / "sae")
+    assert sae.spec is not None
+    site, step = sae.spec.site, sae.spec.step
+    with fluxsae.record(pipe, sites=[site], steps=[step]) as tape:
+        pipe(["a small fox"] * 2, num_inference_steps=step + 1, max_sequence_length=8)
+    codes = sae.encode(tape[site, step])
+    assert codes.shape[0] == 2 and codes.shape[2] == sae.n_features
+    with fluxsae.intervene(pipe, sae, add={17: 4.0}, steps=range(step)):
+        steered = pipe(["a small fox"], num_inference_steps=step + 1, max_sequence_length=8).images
+    assert len(steered) == 1
+    scores = fluxsae.Scores.open(folder / "scores")
+    assert scores.matrix.shape == (read_json(folder / "capture" / "generation.json")["n_images"], sae.n_features)
+    assert torch.isfinite(codes).all()

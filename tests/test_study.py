@@ -1,0 +1,190 @@
+"""When a stage of a study runs, is skipped, goes on, or is refused; the stages here only leave a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fluxsae import cli
+from fluxsae.storage import read_json, write_json
+from fluxsae.study import RECORD, plan, read_study, run_study
+
+
+class Runs(list[str]):
+    """Stands in for the Trainer: notes which config ran and leaves the file that it names."""
+
+    fail: str = ""
+
+    def __call__(self, verb: str, arguments: Sequence[str]) -> None:
+        path = Path(arguments[1])
+        self.append(path.stem)
+        if path.stem == self.fail:
+            raise KeyboardInterrupt
+        out = Path(yaml.safe_load(path.read_text())["out"])
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(path.stem)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    runs = Runs()
+    monkeypatch.setattr(cli, "run_stage", runs)
+    return runs
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """capture → a, b; a → c. The capture reads prompts.txt."""
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    needs = {"capture": [], "a": ["capture"], "b": ["capture"], "c": ["a"]}
+    stages = []
+    for name, needed in needs.items():
+        values = {"out": str(tmp_path / "run" / name), "prompts": str(tmp_path / "prompts.txt") if not needed else ""}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        stages.append(
+            {
+                "name": name,
+                "command": "predict",
+                "config": str(tmp_path / f"{name}.yaml"),
+                "outputs": [values["out"]],
+                "needs": needed,
+            }
+        )
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"folder": str(tmp_path / "run"), "stages": stages}))
+    return path
+
+
+def change(path: Path) -> None:
+    path.write_text(path.read_text() + "more: 1\n")
+
+
+def test_all_run_in_order_and_then_none(study: Path, runs: Runs) -> None:
+    run_study(study)
+    assert runs == ["capture", "a", "b", "c"]
+    run_study(study)
+    assert len(runs) == 4
+
+
+def test_a_changed_config_redoes_its_stage_and_what_needs_it(study: Path, runs: Runs) -> None:
+    run_study(study)
+    runs.clear()
+    change(study.with_name("a.yaml"))
+    run_study(study)
+    assert runs == ["a", "c"]
+
+
+def test_a_comment_changes_nothing(study: Path, runs: Runs) -> None:
+    run_study(study)
+    runs.clear()
+    path = study.with_name("a.yaml")
+    path.write_text("# a remark\n" + path.read_text())
+    run_study(study)
+    assert runs == []
+
+
+def test_a_changed_input_file_redoes_all(study: Path, runs: Runs) -> None:
+    run_study(study)
+    runs.clear()
+    study.with_name("prompts.txt").write_text("a cat\n")
+    run_study(study)
+    assert runs == ["capture", "a", "b", "c"]
+
+
+def test_a_missing_output_is_made_again(study: Path, runs: Runs) -> None:
+    run_study(study)
+    runs.clear()
+    (study.parent / "run" / "b").unlink()
+    run_study(study)
+    assert runs == ["b"]
+
+
+@pytest.mark.parametrize(("name", "expected"), [("a", ["a", "c"]), ("c", ["c"]), ("all", ["capture", "a", "b", "c"])])
+def test_force_redoes_a_stage_and_what_needs_it(study: Path, runs: Runs, name: str, expected: list[str]) -> None:
+    run_study(study)
+    runs.clear()
+    run_study(study, force=[name])
+    assert runs == expected
+
+
+def test_an_interrupted_stage_goes_on_with_what_it_left(study: Path, runs: Runs) -> None:
+    part = study.parent / "run" / "a"
+    runs.fail = "a"
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study)
+    part.write_text("half")
+    runs.fail = ""
+    runs.clear()
+    run_study(study)
+    assert runs == ["a", "b", "c"]
+    assert not (study.parent / "run" / "replaced").exists()
+
+
+def test_what_a_changed_stage_left_is_moved_aside(study: Path, runs: Runs) -> None:
+    run_study(study)
+    (study.parent / "run" / "a").write_text("days of work")
+    change(study.with_name("a.yaml"))
+    run_study(study)
+    assert (study.parent / "run" / "replaced" / "a").read_text() == "days of work"
+    assert (study.parent / "run" / "a").read_text() == "a"
+
+
+def test_what_needs_a_forced_stage_is_redone_later_too(study: Path, runs: Runs) -> None:
+    run_study(study)
+    run_study(study, force=["a"], until="a")
+    runs.clear()
+    run_study(study)
+    assert runs == ["c"]
+    run_study(study)
+    assert runs == ["c"]
+
+
+def test_until_stops_after_a_stage(study: Path, runs: Runs) -> None:
+    run_study(study, until="a")
+    assert runs == ["capture", "a"]
+
+
+def test_a_stage_that_leaves_nothing_is_not_complete(study: Path, runs: Runs) -> None:
+    values = yaml.safe_load(study.read_text())
+    values["stages"][0]["outputs"].append(str(study.parent / "run" / "nothing"))
+    study.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="'capture' ended without leaving"):
+        run_study(study)
+    assert read_json(study.parent / "run" / RECORD)["capture"]["status"] == "started"
+
+
+def test_the_plan_gives_reasons(study: Path, runs: Runs) -> None:
+    assert {step.reason for step in plan(read_study(study))} == {"not run yet"}
+    run_study(study)
+    assert {step.reason for step in plan(read_study(study))} == {""}
+    assert [step.reason for step in plan(read_study(study), ["b"])] == ["", "", "forced", ""]
+
+
+def test_what_is_no_study_is_refused(study: Path, runs: Runs) -> None:
+    good = yaml.safe_load(study.read_text())
+
+    def refused(said: str, **changes: object) -> None:
+        study.write_text(yaml.safe_dump({**good, "stages": [{**good["stages"][0], **changes}]}))
+        with pytest.raises(ValueError, match=said):
+            run_study(study)
+
+    refused("did you mean 'config'", confg="x")
+    refused("did you mean 'predict'", command="predit")
+    refused("which is no stage before it", needs=["nothing"])
+    refused("not in the study's folder", outputs=["elsewhere/out"])
+    study.write_text(yaml.safe_dump({"stages": good["stages"]}))
+    with pytest.raises(ValueError, match="lacks the key 'folder'"):
+        run_study(study)
+    study.write_text(yaml.safe_dump(good))
+    with pytest.raises(ValueError, match="no stage 'captur'; did you mean 'capture'"):
+        run_study(study, force=["captur"])
+    assert runs == []
+
+
+def test_a_damaged_record_is_named(study: Path, runs: Runs) -> None:
+    write_json(study.parent / "run" / RECORD, [1])
+    with pytest.raises(ValueError, match=r"study\.json is not a study's record"):
+        run_study(study)

@@ -1,0 +1,195 @@
+"""Fits through the Trainer, on tokens of a known sparse dictionary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from fluxsae.activations import ActivationData
+from fluxsae.sae import L1, SAE, TopK, load_sae
+from fluxsae.sae.checkpoint import read_config
+from fluxsae.storage import read_csv
+from fluxsae.training import SAETraining
+from tests.synthetic import dictionary, token_shards
+
+D_IN, N_TRUE = 16, 24
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokens")
+    token_shards(folder, 40, 3, size=128, d_in=D_IN, images_per_shard=32, source=dictionary(D_IN, N_TRUE, active=2.0))
+    return folder
+
+
+def data(shards: Path) -> ActivationData:
+    return ActivationData(shards, batch_size=256, val_fraction=0.2)
+
+
+def trainer(folder: Path, epochs: int, **changes: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": epochs,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 10,
+        "num_sanity_val_steps": 0,
+        "check_val_every_n_epoch": epochs,
+        "default_root_dir": folder,
+    }
+    return Trainer(**{**settings, **changes})
+
+
+def topk(folder: Path, **changes: Any) -> SAETraining:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"lr": 5e-3, "warmup_steps": 10, "dead_after": 5000}
+    return SAETraining(TopK(D_IN, 48, 4), folder / "sae", **{**settings, **changes})
+
+
+def test_topk_learns_the_dictionary(shards: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, 12).fit(topk(tmp_path), datamodule=data(shards))
+    sae, held_out = load_sae(tmp_path / "sae"), read_config(tmp_path / "sae")["training"]["held_out"]
+    assert held_out["fve"] > 0.9 and held_out["l0"] <= 4 and held_out["dead_fraction"] <= 0.05
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(48), atol=1e-5)
+    true = dictionary(D_IN, N_TRUE, active=2.0).directions
+    found = (true @ sae.directions.T).amax(dim=1)
+    assert float(found[:8].min()) > 0.9
+
+
+def test_what_it_was_trained_on_travels_with_the_sae(shards: Path, tmp_path: Path) -> None:
+    stream = data(shards)
+    trainer(tmp_path, 1).fit(topk(tmp_path), datamodule=stream)
+    sae = load_sae(tmp_path / "sae")
+    assert sae.spec == stream.spec and sae.mean_norm == stream.statistics.mean_norm
+    assert torch.allclose(sae.mean.double(), stream.statistics.mean, atol=1e-6)
+    assert float(sae.scale) == pytest.approx(stream.statistics.scale)
+
+
+def test_the_summary_is_of_the_final_weights_over_all_held_out_tokens(shards: Path, tmp_path: Path) -> None:
+    stream = data(shards)
+    trainer(tmp_path, 3, max_steps=50, check_val_every_n_epoch=1).fit(topk(tmp_path), datamodule=stream)
+    sae, summary = load_sae(tmp_path / "sae"), read_config(tmp_path / "sae")["training"]
+    x = torch.cat(list(stream.val_dataloader())).double()
+    recon = sae(x.float()).detach().double()
+    expected = 1 - float((x - recon).square().sum() / (x - x.mean(dim=0)).square().sum())
+    assert summary["steps"] == 50 and summary["held_out"]["n_tokens"] == len(x)
+    assert summary["held_out"]["fve"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_l1_trains_and_a_larger_penalty_is_sparser(shards: Path, tmp_path: Path) -> None:
+    held_out = []
+    for penalty in (0.3, 3.0):
+        torch.manual_seed(0)
+        module = SAETraining(L1(D_IN, 48, penalty), tmp_path / str(penalty), lr=5e-3, warmup_steps=10, aux_k=0)
+        trainer(tmp_path, 8).fit(module, datamodule=data(shards))
+        held_out.append(read_config(tmp_path / str(penalty))["training"]["held_out"])
+    assert held_out[0]["fve"] > 0.9
+    assert held_out[1]["l0"] < 0.7 * held_out[0]["l0"]
+
+
+class WatchRows(Callback):
+    """Asserts what must hold at every step: unit rows, and no gradient along them."""
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        sae = pl_module.sae
+        assert isinstance(sae, SAE) and sae.W_dec.grad is not None
+        assert torch.allclose(sae.W_dec.detach().norm(dim=1), torch.ones(sae.n_features), atol=1e-5)
+        # Callbacks come before the module's own hook, so the gradient is still as it was; the module does the same.
+        sae.remove_parallel_gradient()
+        assert float((sae.W_dec.grad * sae.W_dec.detach()).sum(dim=1).abs().max()) < 1e-5
+
+
+def test_rows_have_unit_length_at_every_step(shards: Path, tmp_path: Path) -> None:
+    trainer(tmp_path, 1, callbacks=[WatchRows()]).fit(topk(tmp_path), datamodule=data(shards))
+
+
+def test_dead_features_are_counted_and_restarted(shards: Path, tmp_path: Path) -> None:
+    module = topk(tmp_path, resample_every=30, dead_after=2000, aux_k=0)
+    with torch.no_grad():
+        module.sae.b_enc[:20] = -100.0  # these cannot fire
+    stream = data(shards)
+    trainer(tmp_path, 6).fit(module, datamodule=stream)
+    assert float(module.sae.b_enc.detach()[:20].min()) > -10
+    codes = load_sae(tmp_path / "sae").encode(torch.cat(list(stream.train_dataloader())))
+    assert float((codes[:, :20] > 0).any(dim=0).float().mean()) > 0.8
+
+
+class StopAt(Callback):
+    """Ends the run after so many steps, as a time limit would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+N_STEPS = 24  # an epoch: 96 images of 64 tokens in batches of 256
+
+
+@pytest.mark.parametrize(("step", "every"), [(N_STEPS, None), (2 * N_STEPS, None), (36, 12), (40, 10)])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(
+    shards: Path, tmp_path: Path, step: int, every: int | None
+) -> None:
+    def fit(name: str, *callbacks: Callback, resume: str | None = None) -> SAETraining:
+        last = ModelCheckpoint(
+            tmp_path / name, save_last=True, save_top_k=0, every_n_train_steps=every, enable_version_counter=False
+        )
+        changes = {"enable_checkpointing": True, "check_val_every_n_epoch": 1, "callbacks": [last, *callbacks]}
+        module = topk(tmp_path / name)
+        trainer(tmp_path, 4, **changes).fit(module, datamodule=data(shards), ckpt_path=resume)
+        return module
+
+    whole = fit("whole")
+    broken = fit("broken", StopAt(step))
+    resumed = fit("broken", resume="last")
+    assert (broken.global_step, resumed.global_step, whole.global_step) == (step, 4 * N_STEPS, 4 * N_STEPS)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_capture_is_refused(shards: Path, tmp_path: Path) -> None:
+    module = topk(tmp_path)
+    module.sae.set_statistics(data(shards).statistics, data(shards).spec)
+    checkpoint: dict[str, Any] = {}
+    module.on_save_checkpoint(checkpoint)
+    module.on_load_checkpoint(checkpoint)
+    checkpoint["capture_spec"]["step"] = 1
+    with pytest.raises(ValueError, match="step: 1 != 2"):
+        module.on_load_checkpoint(checkpoint)
+
+
+def test_what_is_logged(shards: Path, tmp_path: Path) -> None:
+    loggers = [CSVLogger(tmp_path, name="csv", version=0), TensorBoardLogger(tmp_path, name="board", version=0)]
+    trainer(tmp_path, 2, logger=loggers).fit(topk(tmp_path), datamodule=data(shards))
+    rows = read_csv(tmp_path / "csv" / "version_0" / "metrics.csv")
+    train = [row for row in rows if row["train/fve"]]
+    assert len(train) >= 2 and float(train[-1]["train/fve"]) > float(train[0]["train/fve"])
+    assert set(rows[0]) >= {
+        *("train/loss", "train/mse", "train/fve", "train/l0", "train/dead_fraction", "train/lr"),
+        *("val/fve", "val/mse", "val/l0", "val/dead_fraction"),
+    }
+    assert list((tmp_path / "board" / "version_0").glob("events*"))
+
+
+def test_a_wrong_width_ends_in_a_sentence(shards: Path, tmp_path: Path) -> None:
+    module = SAETraining(TopK(D_IN + 1, 48, 4), tmp_path)
+    with pytest.raises(ValueError, match=f"set d_in to {D_IN}"):
+        trainer(tmp_path, 1).fit(module, datamodule=data(shards))
+
+
+def test_the_learning_rate_rises_stays_and_falls(tmp_path: Path) -> None:
+    module = topk(tmp_path, warmup_steps=10, decay_fraction=0.2)
+    assert module._lr_factor(10**6) == 1.0  # a run without end
+    module.n_steps = 100.0
+    factors = [module._lr_factor(step) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9:81] == [1.0] * 72
+    assert factors[90] == pytest.approx(0.5) and factors[100] == 0.0

@@ -188,7 +188,9 @@ def split_by_prompt(records: Sequence[SampleRecord], val_fraction: float) -> Spl
 
 
 def _position(prompt: str) -> float:
-    return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64
+    # A hash of more than the text alone: prompts may themselves have been chosen by a hash of their text.
+    digest = hashlib.sha256(f"held-out prompts\n{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 class MixedTokens(IterableDataset[Tensor]):

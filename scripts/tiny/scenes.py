@@ -66,11 +66,11 @@ def random_scene(rng: random.Random) -> Scene:
     return Scene(tuple(_thing(rng, name, place) for name, place in zip(names, places, strict=True)), background)
 
 
-def describe(scene: Scene, rng: random.Random) -> Caption:
+def describe(scene: Scene, rng: random.Random, *, say_all: bool = False) -> Caption:
     """A caption of the scene in one of several phrasings. Sizes and background are each left unsaid in one of four
-    captions, and so is the place of a lone object; the places of two objects are always said."""
-    say_size, say_background = rng.random() < 0.75, rng.random() < 0.75
-    say_place = len(scene.things) == 2 or rng.random() < 0.75
+    captions, and so is the place of a lone object, unless it is to say all; those of two objects are always said."""
+    say_size, say_background, say_place = (say_all or rng.random() < 0.75 for _ in range(3))
+    say_place = say_place or len(scene.things) == 2
     things = list(scene.things)
     phrases = [_phrase(thing, say_size, say_place, rng) for thing in things]
     text = rng.choice((" and ", ", ")).join(phrases) if len(phrases) == 2 else phrases[0]
@@ -100,11 +100,11 @@ def is_held_out(caption: str) -> bool:
     return hashlib.sha256(caption.encode()).digest()[0] < 13
 
 
-def random_caption(rng: random.Random, *, held_out: bool) -> tuple[Scene, Caption]:
+def random_caption(rng: random.Random, *, held_out: bool, say_all: bool = False) -> tuple[Scene, Caption]:
     """A scene and a caption of it, drawn again until the caption is (or is not) one that no training sees."""
     while True:
         scene = random_scene(rng)
-        caption = describe(scene, rng)
+        caption = describe(scene, rng, say_all=say_all)
         if is_held_out(caption.text) == held_out:
             return scene, caption
 

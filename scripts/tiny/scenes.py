@@ -164,17 +164,17 @@ def _place(
     sprites: Float[Tensor, "B 4 P P"], centre: Float[Tensor, "B 2"], scale: Float[Tensor, "B"], side: int
 ) -> Float[Tensor, "B 4 S S"]:
     """Sprites drawn into side × side canvases, filtered down to about their final size first against aliasing."""
-    level = round(side * max(SIZES.values()))
+    large = round(side * max(SIZES.values()))
     small = round(side * min(SIZES.values()))
     coarse = F.interpolate(sprites, (small, small), mode="bilinear", antialias=True)
-    fine = F.interpolate(sprites, (level, level), mode="bilinear", antialias=True)
-    is_small = (scale < (level + small) / 2 / side).view(-1, 1, 1, 1)
+    fine = F.interpolate(sprites, (large, large), mode="bilinear", antialias=True)
+    is_small = (scale < (large + small) / 2 / side).view(-1, 1, 1, 1)
     theta = torch.zeros(len(sprites), 2, 3, device=sprites.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = -(2 * centre - 1) / scale[:, None]
     grid = F.affine_grid(theta, [len(sprites), 4, side, side], align_corners=False)
-    layers = [F.grid_sample(level, grid, align_corners=False) for level in (coarse, fine)]
-    return torch.where(is_small, *layers)
+    small_layer, large_layer = (F.grid_sample(level, grid, align_corners=False) for level in (coarse, fine))
+    return torch.where(is_small, small_layer, large_layer)
 
 
 def _thing(rng: random.Random, name: str, place: str) -> Thing:

@@ -7,9 +7,10 @@ all four take about a quarter of an hour. The last line of each stage's log is w
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -44,41 +45,35 @@ def main() -> None:
     pool = build_pool(options.scenes, SEED, n_processes=min(16, os.cpu_count() or 1))
     common = {"pool": pool, "seed": SEED}
 
-    def rounds(n_steps: int) -> int:
-        return max(2, round(n_steps * options.scale))
-
     vae = build_vae()
-    train_vae = lambda: VAETraining(n_steps=rounds(3000), batch_size=options.batch // 6, lr=2e-3, **common)  # noqa: E731
-    stage("vae", vae, train_vae, lambda t: t.vae, options)
+    vae_steps = partial(VAETraining, n_steps=options.vae_steps, batch_size=options.batch // 3, lr=2e-3, **common)
+    stage("vae", vae, vae_steps, options)
     vae.eval().to(options.device)
     measure_latents(vae, pool, SEED)
     print(f"vae: held-out scenes at {psnr(vae, build_pool(1000, SEED + 1)):.2f} dB", flush=True)
 
     clip = build_clip()
-    train_clip = lambda: CLIPTraining(n_steps=rounds(3000), batch_size=options.batch, lr=1e-3, **common)  # noqa: E731
-    stage("clip", clip, train_clip, lambda t: t.clip, options)
+    clip_steps = partial(CLIPTraining, n_steps=options.clip_steps, batch_size=options.batch, lr=1e-3, **common)
+    stage("clip", clip, clip_steps, options)
     export_clip(clip, options.out / "tiny-clip")
 
-    empty = tokenise([""])
-    flux = {"empty": empty, "vae": vae, "batch_size": options.batch, **common}
+    flux = {"empty": tokenise([""]), "vae": vae, "batch_size": options.batch, **common}
     teacher, student = TextToVelocity(), TextToVelocity()
-    train_flux = lambda: FluxTraining(n_steps=rounds(options.flux_steps), lr=1.5e-3, **flux)  # noqa: E731
-    stage("flux", teacher, train_flux, lambda t: t.ema.module, options)
-    export_flux(vae, copy.deepcopy(teacher), options.work / "teacher")
-    distil = lambda: GuidanceDistillation(teacher, n_steps=rounds(options.distil_steps), lr=5e-4, **flux)  # noqa: E731
-    stage("distil", student, distil, lambda t: t.ema.module, options)
+    stage("flux", teacher, partial(FluxTraining, n_steps=options.flux_steps, lr=1.5e-3, **flux), options)
+    distil = partial(GuidanceDistillation, teacher, n_steps=options.distil_steps, lr=5e-4, **flux)
+    stage("distil", student, distil, options)
     export_flux(vae, student, options.out / "tiny-flux")
 
 
-def stage(name: str, model: nn.Module, build, part, options: argparse.Namespace) -> None:  # type: ignore[no-untyped-def]
-    """Fill `model` with the weights of the named stage, trained now (or trained on) unless they are there."""
+def stage(name: str, model: nn.Module, training: Callable[[], Training], options: argparse.Namespace) -> None:
+    """Fill `model` with the averaged weights of the named stage, trained now (or trained on) unless they are there."""
     done = options.work / f"{name}.safetensors"
     if not done.exists():
         started = time.time()
-        training: Training = build()
-        fit(name, training, options)
-        save_model(part(training).cpu(), str(done))
-        print(f"{name}: {training.n_steps} steps in {time.time() - started:.0f} s", flush=True)
+        module = training()
+        fit(name, module, options)
+        save_model(module.average.cpu(), str(done))
+        print(f"{name}: {module.n_steps} steps in {time.time() - started:.0f} s", flush=True)
     load_model(model, str(done))
 
 
@@ -89,8 +84,6 @@ def fit(name: str, training: Training, options: argparse.Namespace) -> None:
         max_steps=training.n_steps,
         accelerator="gpu" if options.device == "cuda" else "cpu",
         devices=1,
-        precision="bf16-mixed" if options.device == "cuda" else "32-true",
-        gradient_clip_val=1.0,
         callbacks=[checkpoint],
         logger=L.pytorch.loggers.CSVLogger(options.work, name=name, version=0),
         log_every_n_steps=100,
@@ -120,9 +113,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scenes", type=int, default=600_000, help="scenes in the pool")
     parser.add_argument("--batch", type=int, default=768)
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--clip-steps", type=int, default=3000)
     parser.add_argument("--flux-steps", type=int, default=20_000)
     parser.add_argument("--distil-steps", type=int, default=5000)
-    parser.add_argument("--scale", type=float, default=1.0, help="multiply every stage's steps, for a rehearsal")
     parser.add_argument("--progress", action="store_true", help="show Lightning's progress bars")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

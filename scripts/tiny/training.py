@@ -1,7 +1,7 @@
 """The trainings of the bundled models: autoencoder, CLIP, and FLUX in two phases, each a LightningModule.
 
 Every step draws its batch and its noise from a generator seeded by the step's number, so that an interrupted run goes
-on exactly. Shapes: B scenes, S side in pixels, T image tokens, L text tokens.
+on exactly. Legend: B scenes, S side in pixels, T image tokens, C channels of a token, L text tokens.
 """
 
 from __future__ import annotations
@@ -16,105 +16,147 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
 
 from scripts.tiny.data import Pool
+from scripts.tiny.graphed import DeferredAdamW, GraphedStep
 from scripts.tiny.models import build_clip, build_clip_text, build_t5, build_transformer, build_vae, pack
 from scripts.tiny.scenes import render
+from scripts.tiny.vocabulary import PLACES
 
 
 class Training(L.LightningModule):
-    """What the trainings share: the pool of scenes, seeded steps, AdamW with warm-up and cosine decay."""
+    """What the trainings share: the pool of scenes, seeded steps in one graph, AdamW with warm-up and cosine decay, and
+    an average of the weights (`average`) that later stages use."""
 
-    def __init__(self, pool: Pool, n_steps: int, batch_size: int, lr: float, seed: int, warmup: int = 500) -> None:
+    def __init__(
+        self, model: nn.Module, pool: Pool, n_steps: int, batch_size: int, lr: float, seed: int, memory: int = 2000
+    ) -> None:
         super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.average = copy.deepcopy(model).requires_grad_(False)
         self.pool = pool
-        self.n_steps, self.batch_size, self.lr, self.seed, self.warmup = n_steps, batch_size, lr, seed, warmup
+        self.n_steps, self.batch_size, self.lr, self.seed, self.memory = n_steps, batch_size, lr, seed, memory
+        self.share = self.last = torch.zeros(())
+        self.graphed: GraphedStep
 
-    def generator(self) -> torch.Generator:
-        """The generator for all of this step's random numbers."""
-        return torch.Generator(self.device).manual_seed(self.seed * 1_000_000_007 + self.global_step)
+    def inputs(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """This step's batch."""
+        raise NotImplementedError
 
-    def draw(self) -> tuple[Pool, torch.Generator]:
-        """This step's scenes, and its generator for what else is random."""
-        generator = self.generator()
-        index = torch.randint(len(self.pool.t5_ids), (self.batch_size,), generator=generator, device=self.device)
-        return self.pool.pick(index), generator
+    def loss(self, *inputs: Tensor) -> Tensor:
+        """What to minimise: captured into the graph, so it may not look at a value."""
+        raise NotImplementedError
 
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(range(self.n_steps), batch_size=None)
+    def training_step(self, *_: Any) -> None:
+        optimizer = self.optimizers()
+        self.adam.set_rate(self.rate(self.global_step), self.device)
+        self.share.fill_(max(1 / self.memory, 1 / (1 + self.global_step)))
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_000_007 + self.global_step)
+        with torch.no_grad():
+            inputs = self.inputs(generator)
+        assert not isinstance(optimizer, list)
+        if (self.global_step + 1) % 100 == 0:
+            self.log("loss", self.last, prog_bar=True)
+        self.last = optimizer.step(lambda: self.graphed(*inputs))
+
+    def full_step(self, *inputs: Tensor) -> Tensor:
+        self.adam.zero_grad(set_to_none=True)
+        bf16 = self.device.type == "cuda"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
+            loss = self.loss(*inputs)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.adam.update()
+        with torch.no_grad():
+            average: list[Tensor] = list(self.average.parameters())
+            weights: list[Tensor] = list(self.model.parameters())
+            torch._foreach_mul_(average, 1 - self.share)
+            torch._foreach_add_(average, torch._foreach_mul(weights, self.share))
+        return loss.detach()
 
     def on_fit_start(self) -> None:
         self.pool = self.pool.to(self.device)
+        self.share = torch.ones((), device=self.device)
+        self.last = torch.zeros((), device=self.device)
+        self.graphed = GraphedStep(self.full_step, self.device)
 
-    def configure_optimizers(self) -> Any:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        # not fused: Lightning clips no gradients of a fused optimizer in mixed precision
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def train_dataloader(self) -> range:
+        return range(self.n_steps)
+
+    def configure_optimizers(self) -> DeferredAdamW:
+        parameters = list(self.model.parameters())
+        self.adam = DeferredAdamW(parameters, self.device, betas=(0.9, 0.99), weight_decay=0.01)
+        return self.adam
 
     def rate(self, step: int) -> float:
-        return min(1.0, (step + 1) / self.warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.n_steps)))
+        warm = min(1.0, (step + 1) / min(500, self.n_steps / 5))
+        return self.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / self.n_steps)))
+
+    def scenes(self, generator: torch.Generator, n: int) -> Pool:
+        index = torch.randint(len(self.pool.t5_ids), (n,), generator=generator, device=self.device)
+        return self.pool.pick(index)
 
 
 class VAETraining(Training):
-    """Reconstruct scenes; pixels of objects weigh five times those of the background."""
+    """Reconstruct scenes; pixels of objects weigh five times those of the background.
+
+    Three quarters of the steps see 64×64 crops about an object, the last quarter whole images, a quarter as many.
+    """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.vae = build_vae().to(memory_format=torch.channels_last)
-        self.kl_weight, self.foreground_weight = 1e-4, 5.0
+        super().__init__(build_vae().to(memory_format=torch.channels_last), **options)
+        self.kl_weight, self.foreground_weight, self.crop = 1e-4, 5.0, 64
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self.device.type == "cuda":
-            self.vae.encoder.compile()
-            self.vae.decoder.compile()
+    def inputs(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        whole = self.global_step >= 0.75 * self.n_steps
+        batch = self.scenes(generator, self.batch_size // 4 if whole else self.batch_size)
+        images, masks = render(batch.scenes, generator)
+        weight = 1 + (self.foreground_weight - 1) * masks.amax(1, keepdim=True)
+        x = torch.cat([images * 2 - 1, weight], dim=1)
+        if not whole:
+            x = self.cropped(x, batch.scenes.places[:, 0], generator)
+        side = x.shape[-1] // 8
+        noise = torch.randn((len(x), 16, side, side), generator=generator, device=self.device)
+        return x.to(memory_format=torch.channels_last), noise
 
-    def training_step(self, *_: Any) -> Tensor:
-        batch, generator = self.draw()
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            images, masks = render(batch.scenes, generator)
-            weight = 1 + (self.foreground_weight - 1) * masks.amax(1, keepdim=True)
-        x = (images * 2 - 1).to(memory_format=torch.channels_last)
-        mean, logvar = self.vae.encoder(x).float().chunk(2, dim=1)
+    def cropped(self, x: Float[Tensor, "B C S S"], place: Int[Tensor, " B"], generator: torch.Generator) -> Tensor:
+        centre = torch.tensor(list(PLACES.values()), device=self.device)[place] * x.shape[-1] - self.crop / 2
+        jitter = torch.randint(-10, 11, (len(x), 2), generator=generator, device=self.device)
+        corner = (centre + jitter).round().long().clamp(0, x.shape[-1] - self.crop)
+        offsets = torch.arange(self.crop, device=self.device)
+        rows, columns = corner[:, 1, None] + offsets, corner[:, 0, None] + offsets
+        scenes = torch.arange(len(x), device=self.device)
+        return x.permute(0, 2, 3, 1)[scenes[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+    def loss(self, *inputs: Tensor) -> Tensor:
+        images, noise = inputs
+        x, weight = images[:, :3], images[:, 3:]
+        assert isinstance(self.model, AutoencoderKL)
+        mean, logvar = self.model.encoder(x).float().chunk(2, dim=1)
         logvar = logvar.clamp(-20, 10)
-        z = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator, device=self.device)
-        error = (self.vae.decoder(z).float() - x).square()
+        recon = self.model.decoder(mean + torch.exp(0.5 * logvar) * noise).float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        loss = (error * weight).mean() + self.kl_weight * kl
-        if self.global_step % 100 == 0:
-            psnr = 10 * torch.log10(4 / error.detach().mean())
-            self.log_dict({"vae/psnr": psnr, "vae/kl": kl.detach()}, prog_bar=True)
-        return loss
+        return ((recon - x).square() * weight).mean() + self.kl_weight * kl
 
 
 class CLIPTraining(Training):
     """The symmetric contrastive loss of Radford et al. 2021; captions that a batch holds twice count as positives."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.clip = build_clip()
+        super().__init__(build_clip(), **options)
 
-    def on_fit_start(self) -> None:
-        super().on_fit_start()
-        if self.device.type == "cuda":
-            self.clip.compile()
+    def inputs(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        batch = self.scenes(generator, self.batch_size)
+        return render(batch.scenes, generator).images * 2 - 1, batch.clip_ids
 
-    def training_step(self, *_: Any) -> Tensor:
-        batch, generator = self.draw()
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            images = render(batch.scenes, generator).images * 2 - 1
-        image, text, scale = self.clip(images, batch.clip_ids)  # both embeddings of unit norm
+    def loss(self, *inputs: Tensor) -> Tensor:
+        images, ids = inputs
+        image, text, scale = self.model(images, ids)  # both embeddings of unit norm
         logits = scale.float().clamp(max=100) * image.float() @ text.float().T
-        same = (batch.clip_ids[:, None] == batch.clip_ids[None]).all(-1).float()
+        same = (ids[:, None] == ids[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        if self.global_step % 100 == 0:
-            self.log_dict({"clip/loss": loss.detach()}, prog_bar=True)
-        return loss
+        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 class TextToVelocity(nn.Module):
@@ -130,11 +172,11 @@ class TextToVelocity(nn.Module):
         tokens: Float[Tensor, "B T C"],
         t5_ids: Int[Tensor, "B L"],
         clip_ids: Int[Tensor, "B M"],
-        sigma: Float[Tensor, "B"],
-        guidance: Float[Tensor, "B"],
+        sigma: Float[Tensor, " B"],
+        guidance: Float[Tensor, " B"],
     ) -> Float[Tensor, "B T C"]:
-        side = math.isqrt(tokens.shape[1])
-        rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        side = torch.arange(math.isqrt(tokens.shape[1]), device=tokens.device)
+        rows, columns = torch.meshgrid(side, side, indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(tokens)
         return self.transformer(
             hidden_states=tokens,
@@ -143,7 +185,7 @@ class TextToVelocity(nn.Module):
             timestep=sigma,
             guidance=guidance,
             img_ids=ids,
-            txt_ids=torch.zeros(t5_ids.shape[1], 3).to(tokens),
+            txt_ids=torch.zeros(t5_ids.shape[1], 3, device=tokens.device, dtype=tokens.dtype),
             return_dict=False,
         )[0]
 
@@ -156,59 +198,42 @@ class FluxTraining(Training):
     """
 
     def __init__(self, empty: tuple[Tensor, Tensor], vae: AutoencoderKL, **options: Any) -> None:
-        super().__init__(**options)
-        self.model = TextToVelocity()
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(0.9995), use_buffers=False)
-        self.ema.requires_grad_(False)
+        super().__init__(TextToVelocity(), **options)
         self.latents = encode_pool(vae, self.pool, self.seed)
         self.empty = empty
 
-    def training_step(self, *_: Any) -> Tensor:
+    def inputs(self, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Noisy tokens, the flow's velocity, token ids of both encoders, and times in (0, 1)."""
         long_text = self.global_step % 16 == 15
-        index, noise, sigma, generator = self.sample(self.batch_size // 6 if long_text else self.batch_size)
-        clean = self.latents[index].float()
-        t5_ids, clip_ids = self.drop_captions(index, generator)
-        if long_text:
-            t5_ids = F.pad(t5_ids, (0, 512 - t5_ids.shape[1]))
-        noisy = clean + sigma[:, None, None] * (noise - clean)
-        target, guidance = self.target(noisy, noise - clean, t5_ids, clip_ids, sigma, generator)
-        loss = F.mse_loss(self.model(noisy, t5_ids, clip_ids, sigma, guidance).float(), target)
-        if self.global_step % 100 == 0:
-            self.log_dict({"flux/loss": loss.detach()}, prog_bar=True)
-        return loss
-
-    def sample(self, n: int) -> tuple[Tensor, Tensor, Tensor, torch.Generator]:
-        """This step's scene indices, noise [n, T, C] and times in (0, 1), and its generator."""
-        generator = self.generator()
+        n = max(1, self.batch_size // 6) if long_text else self.batch_size
         index = torch.randint(len(self.latents), (n,), generator=generator, device=self.device)
-        noise = torch.randn((n, *self.latents.shape[1:]), generator=generator, device=self.device)
+        clean = self.latents[index].float()
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
         sigma = torch.sigmoid(0.4 + torch.randn(n, generator=generator, device=self.device))
         uniform = torch.rand(n, generator=generator, device=self.device)
         sigma[: n // 8] = uniform[: n // 8]
-        return index, noise, sigma, generator
+        t5_ids, clip_ids = self.drop_captions(index, generator)
+        if long_text:
+            t5_ids = F.pad(t5_ids, (0, 512 - t5_ids.shape[1]))
+        guidance = 1 + 5 * torch.rand(n, generator=generator, device=self.device)
+        return clean + sigma[:, None, None] * (noise - clean), noise - clean, t5_ids, clip_ids, sigma, guidance
 
     def drop_captions(self, index: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         dropped = torch.rand(len(index), 1, generator=generator, device=self.device) < 0.1
-        empty_t5, empty_clip = (ids.to(self.device) for ids in self.empty)
         return (
-            torch.where(dropped, empty_t5, self.pool.t5_ids[index]),
-            torch.where(dropped, empty_clip, self.pool.clip_ids[index]),
+            torch.where(dropped, self.empty[0], self.pool.t5_ids[index]),
+            torch.where(dropped, self.empty[1], self.pool.clip_ids[index]),
         )
 
-    def target(
-        self, noisy: Tensor, velocity: Tensor, t5_ids: Tensor, clip_ids: Tensor, sigma: Tensor, _: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """What to predict and under which guidance: the flow's own velocity, at guidance 1."""
-        return velocity, torch.ones_like(sigma)
+    def loss(self, *inputs: Tensor) -> Tensor:
+        noisy, velocity, t5_ids, clip_ids, sigma, _ = inputs
+        return F.mse_loss(self.model(noisy, t5_ids, clip_ids, sigma, torch.ones_like(sigma)).float(), velocity)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self.latents = self.latents.to(self.device)
-        if self.device.type == "cuda":
-            self.model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.ema.update_parameters(self.model)
+        self.empty = (self.empty[0].to(self.device), self.empty[1].to(self.device))
+        compile_blocks(self.model)
 
 
 class GuidanceDistillation(FluxTraining):
@@ -218,28 +243,36 @@ class GuidanceDistillation(FluxTraining):
     def __init__(self, teacher: TextToVelocity, **options: Any) -> None:
         super().__init__(**options)
         self.model.load_state_dict(teacher.state_dict())
-        self.ema.module.load_state_dict(teacher.state_dict())
+        self.average.load_state_dict(teacher.state_dict())
         self.teacher = copy.deepcopy(teacher).requires_grad_(False).eval()
 
+    def loss(self, *inputs: Tensor) -> Tensor:
+        noisy, _, t5_ids, clip_ids, sigma, guidance = inputs
+        target = self.guided(noisy, t5_ids, clip_ids, sigma, guidance)
+        return F.mse_loss(self.model(noisy, t5_ids, clip_ids, sigma, guidance).float(), target)
+
     @torch.no_grad()
-    def target(
-        self, noisy: Tensor, _: Tensor, t5_ids: Tensor, clip_ids: Tensor, sigma: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        guidance = 1 + 5 * torch.rand(len(sigma), generator=generator, device=self.device)
-        empty_t5, empty_clip = (ids.to(self.device).expand(len(sigma), -1) for ids in self.empty)
-        empty_t5 = F.pad(empty_t5, (0, t5_ids.shape[1] - empty_t5.shape[1]))
+    def guided(self, noisy: Tensor, t5_ids: Tensor, clip_ids: Tensor, sigma: Tensor, guidance: Tensor) -> Tensor:
+        """The teacher's velocity under classifier-free guidance (Ho & Salimans 2022)."""
+        empty_t5 = F.pad(self.empty[0], (0, t5_ids.shape[1] - self.empty[0].shape[1])).expand_as(t5_ids)
         one = torch.ones_like(sigma)
         conditional = self.teacher(noisy, t5_ids, clip_ids, sigma, one).float()
-        unconditional = self.teacher(noisy, empty_t5, empty_clip, sigma, one).float()
-        return unconditional + guidance[:, None, None] * (conditional - unconditional), guidance
+        unconditional = self.teacher(noisy, empty_t5, self.empty[1].expand_as(clip_ids), sigma, one).float()
+        return unconditional + guidance[:, None, None] * (conditional - unconditional)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        if self.device.type == "cuda":
-            self.teacher.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        compile_blocks(self.teacher)
 
 
-@torch.inference_mode()
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the transformer's blocks on a GPU. Static shapes: with dynamic ones Inductor fails on the long texts."""
+    assert isinstance(model, TextToVelocity)
+    if next(model.parameters()).is_cuda:
+        model.transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+
+@torch.no_grad()
 def encode_pool(vae: AutoencoderKL, pool: Pool, seed: int, batch_size: int = 1000) -> Float[Tensor, "N T C"]:
     """Every scene of the pool, rendered and encoded, as scaled and packed latents (bf16 on a GPU, fp32 elsewhere)."""
     device = vae.device
@@ -253,10 +286,9 @@ def encode_pool(vae: AutoencoderKL, pool: Pool, seed: int, batch_size: int = 100
             mean = vae.encode(images * 2 - 1).latent_dist.mean
         scaled = (mean.float() - vae.config.shift_factor) * vae.config.scaling_factor
         latents.append(pack(scaled).to(dtype))
-    return torch.cat(latents).clone()
+    return torch.cat(latents)
 
 
-@torch.inference_mode()
 def measure_latents(vae: AutoencoderKL, pool: Pool, seed: int, n: int = 4000) -> None:
     """Set the autoencoder's shift and scaling factors so that its latents have mean 0 and variance 1."""
     vae.register_to_config(shift_factor=0.0, scaling_factor=1.0)

@@ -42,7 +42,7 @@ def clip_tokenizer() -> CLIPTokenizer:
     pieces = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(merge) for merge in merges]
     pieces = list(dict.fromkeys(pieces)) + ["<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: index for index, piece in enumerate(pieces)}
-    return CLIPTokenizer(vocab=vocab, merges=[" ".join(merge) for merge in merges], model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)  # type: ignore[arg-type]
 
 
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:

@@ -116,7 +116,7 @@ def clip_config() -> dict[str, Any]:
             "text_cfg": {
                 "context_length": TEXT_LENGTH,
                 "vocab_size": len(clip_tokenizer()),
-                "hf_tokenizer_name": "",
+                "hf_tokenizer_name": "tiny-clip",  # any name: open_clip reads the tokenizer beside this file
                 "width": 128,
                 "heads": 4,
                 "layers": 3,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import string
+from collections import Counter
+from itertools import pairwise
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from scripts.tiny.vocabulary import BACKGROUNDS, OBJECTS, PLACES, SIZES
@@ -32,18 +33,30 @@ def t5_tokenizer() -> T5Tokenizer:
 def clip_tokenizer() -> CLIPTokenizer:
     """A byte-level BPE tokenizer in CLIP's form, its merges learned from the words of the world."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
-    )
-    bpe.train_from_iterator(WORDS, trainer)
-    merges = _merges(bpe)
-    pieces = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(merge) for merge in merges]
-    pieces = list(dict.fromkeys(pieces)) + ["<|startoftext|>", "<|endoftext|>"]
+    merges = learn_merges(WORDS)
+    pieces = alphabet + [f"{byte}</w>" for byte in alphabet] + [left + right for left, right in merges]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]  # last: open_clip takes the largest id for the end of the text
     vocab = {piece: index for index, piece in enumerate(pieces)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)  # type: ignore[arg-type]
 
 
-def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    return [(left, right) for left, right in json.loads(bpe.to_str())["model"]["merges"]]
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges (Sennrich et al. 2016) until every word is one piece: the most frequent pair first, of equally
+    frequent ones the first in the alphabet. (The `tokenizers` package breaks such ties differently in each process.)"""
+    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+    merges = []
+    while pairs := Counter(pair for pieces in spelled for pair in pairwise(pieces)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        spelled = [_merged(pieces, best) for pieces in spelled]
+        merges.append(best)
+    return merges
+
+
+def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and (joined[-1], piece) == pair:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined

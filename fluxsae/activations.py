@@ -62,7 +62,7 @@ class ActivationData(LightningDataModule):
     With several processes, each trains on its share of the images and all take the same number of steps.
 
     Args:
-        shards: folder of a set of tokens, for example `runs/tiny/capture/transformer_blocks.2.ff/step-06`.
+        shards: folder of a set of tokens, for example `runs/tiny/capture/transformer_blocks.1.ff/step-10`.
         batch_size: tokens a batch in training, validation and testing.
         images_per_batch: images a batch in prediction.
         val_fraction: share of the prompts to hold out for validation and testing.
@@ -128,6 +128,13 @@ class ActivationData(LightningDataModule):
             warnings.filterwarnings("ignore", message=advice)
         if len(self.shard_set) == 0:
             raise ValueError(f"{self.shards} holds no images; capture some first.")
+        if stage != "predict":
+            n_images = min(map(len, self.split))
+            if n_images < self._part.of:
+                raise ValueError(
+                    f"{self._part.of} processes cannot share the {n_images} images on one side of the split "
+                    f"of {self.shards}; use fewer processes or capture more prompts."
+                )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         tokens = MixedTokens(

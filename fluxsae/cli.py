@@ -94,7 +94,10 @@ def _verify(folder: Path) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, with errors that end as every other error does here."""
+    """argparse, with errors that end as every other error does here, and options written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
         if match := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):

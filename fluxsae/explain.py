@@ -45,6 +45,11 @@ def explain(report: str, known: Mapping[str, Iterable[str]]) -> str:
     return _plain(text) + at
 
 
+def is_report(text: str) -> bool:
+    """Whether jsonargparse says what does not fit, rather than the class or file itself."""
+    return text.startswith(("Does not validate against", "Problem with given class_path"))
+
+
 def unknown_key(key: str, known: Iterable[str], owner: str, what: str = "key") -> str:
     """`unknown key 'hieght' of FluxCapture: did you mean 'height'?`, or all the known ones when none is near."""
     known = list(known)

@@ -46,8 +46,10 @@ def parse_site(text: str) -> Site:
             f"site {text!r} is not a module path with an optional stream; "
             "write for example 'transformer_blocks.15.ff' or 'transformer_blocks.15:text'."
         )
-    path, stream = match.groups()
-    return Site(path, stream or Site(path, "image").default_stream)
+    path, stream = match[1], match[2]
+    if stream is None:
+        return Site(path, Site(path, "image").default_stream)
+    return Site(path, "text" if stream == "text" else "image")
 
 
 class Grid(NamedTuple):

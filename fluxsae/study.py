@@ -154,7 +154,7 @@ def stage_key(stage: Stage, upstream: list[str], folder: Path) -> str:
     Inputs are the config's values that name a file or a model folder outside of the study's own folder.
     """
     config = _read_yaml(stage.config)
-    inputs = {str(path): _content_hash(path) for path in sorted(set(_inputs(config, folder)))}
+    inputs = {str(path): content_hash(path) for path in sorted(set(_inputs(config, folder)))}
     return hash_json({"command": stage.command, "config": config, "inputs": inputs, "upstream": upstream})
 
 
@@ -283,11 +283,15 @@ def _inputs(value: Any, folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _content_hash(path: Path) -> str:
-    """Of a file, or of a folder's files by name: size and content, of large files the first and last MiB."""
+def content_hash(path: Path) -> str:
+    """Of a file, or of a folder's files by name, its model card apart: size and content, of large files the ends."""
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
+        if (
+            file.is_file()
+            and (file == path or file.suffix != ".md")
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        ):
             size = file.stat().st_size
             digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
             with file.open("rb") as handle:

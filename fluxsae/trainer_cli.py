@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from fluxsae.explain import explain, unknown_key
+from fluxsae.explain import explain, is_report, unknown_key
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.spec import differences
@@ -27,12 +28,16 @@ NOISE = (
     r".*does not have many workers",  # shards are memory-mapped, and prompts are a list
     r".*The number of training batches .* is smaller than the logging interval",
     r".*Your `IterableDataset` has `__len__` defined",  # it counts what each process yields
+    r".*torch\.distributed\.nn\.functional\.all_gather is deprecated",  # between Lightning and torch
     r".*predict returned None",  # predictions go to callbacks
 )
 """Warnings that hold for this project's users in no case, and why."""
 
 DEFAULTS: dict[str, Any] = {"num_sanity_val_steps": 0, "enable_model_summary": False}
 """Trainer defaults: validation has nothing to try out in advance, and the config says how large the model is."""
+
+STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
+"""What a module defines that a verb is for."""
 
 
 class TrainerCLI(LightningCLI):
@@ -74,9 +79,17 @@ class TrainerCLI(LightningCLI):
                 args=[verb, *arguments] if run else list(arguments),
                 run=run,
             )
-        except argparse.ArgumentError as error:
+        except (argparse.ArgumentError, ValueError) as error:
+            if isinstance(error, ValueError) and not is_report(str(error)):
+                raise
             text = explain(str(error), {"": _top_level(verb), "trainer": inspect.signature(Trainer).parameters})
             raise argparse.ArgumentError(None, text) from error
+
+    def before_instantiate_classes(self) -> None:
+        """ValueError for a config that is another verb's, before anything is loaded for it."""
+        values = self.config.get(self.verb, self.config)
+        if values.model is not None:
+            _check_verb(self.verb, values.model.class_path)
 
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:  # type: ignore[override]
@@ -114,6 +127,15 @@ def _load_trained(model: LightningModule, datamodule: Any = None, ckpt_path: Any
     if other:
         raise ValueError(f"{model.folder} was trained on another capture ({'; '.join(other)}); fit it again.")
     model.sae.load_state_dict(trained.state_dict())
+
+
+def _check_verb(verb: str, class_path: str) -> None:
+    module, _, name = class_path.rpartition(".")
+    model = getattr(import_module(module), name)
+    fitting = [v for v, step in STEPS.items() if getattr(model, step, None) is not getattr(LightningModule, step)]
+    if verb not in fitting:
+        commands = " or ".join(f"`fluxsae {other}`" for other in fitting)
+        raise ValueError(f"{name} is nothing to {verb}; run its config with {commands}.")
 
 
 def _usage(verb: str) -> str:

@@ -160,10 +160,9 @@ class SAETraining(LightningModule):
     def on_validation_epoch_end(self) -> None:
         assert self._evaluation is not None
         metrics = self._evaluation.result(self._total)
-        self.log("val/fve", metrics.fve, prog_bar=True)
-        self.log("val/mse", metrics.mse)
-        self.log("val/l0", metrics.l0, prog_bar=True)
-        self.log("val/dead_fraction", metrics.dead_fraction, prog_bar=True)
+        # Not in the progress bar, whose line they would break. They are sums over processes already, the same in each.
+        for name in ("fve", "mse", "l0", "dead_fraction"):
+            self.log(f"val/{name}", getattr(metrics, name), sync_dist=True)
         if not self.trainer.sanity_checking:
             self._metrics = (self.global_step, metrics)
             self._log_histograms(metrics)
@@ -183,7 +182,7 @@ class SAETraining(LightningModule):
             self._metrics = (self.global_step, self._evaluate())
         if self.trainer.is_global_zero:
             save_sae(self.folder, self.sae, self._summary(self._metrics[1]))
-            _log.info("wrote the SAE to %s", self.folder)
+            _log.info("wrote the SAE to %s%s", self.folder, _told(self._metrics[1]))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=self.betas, fused=True)
@@ -268,3 +267,9 @@ class SAETraining(LightningModule):
     def _data(self) -> ActivationData | None:
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, ActivationData) else None
+
+
+def _told(metrics: Metrics | None) -> str:
+    if metrics is None:
+        return ""
+    return f": FVE {metrics.fve:.3f} at L0 {metrics.l0:.1f}, {metrics.dead_fraction:.1%} dead, on held-out prompts"

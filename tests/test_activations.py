@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,3 +142,15 @@ def test_impossible_arguments_are_refused(arguments: dict[str, float]) -> None:
 def test_a_missing_folder_ends_the_run_at_setup(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         ActivationData(tmp_path / "nowhere").setup("fit")
+
+
+def test_more_processes_than_held_out_images_are_refused(shards: ShardSet) -> None:
+    data = ActivationData(shards.folder, val_fraction=0.1)
+    n_held_out = len(data.split.held_out)
+    for world_size in (n_held_out, n_held_out + 1):
+        data.trainer = SimpleNamespace(global_rank=0, world_size=world_size)  # type: ignore[assignment]
+        data.setup("predict")
+        if world_size == n_held_out:
+            data.setup("fit")
+    with pytest.raises(ValueError, match=f"{n_held_out + 1} processes cannot share the {n_held_out} images"):
+        data.setup("fit")

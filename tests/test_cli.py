@@ -43,6 +43,7 @@ def fails(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(command) == 2
     err = capsys.readouterr().err
     assert err.startswith("fluxsae: ") and err.count("\n") == 1 and "Traceback" not in err
+    assert "Union" not in err and "Namespace" not in err
     return err
 
 
@@ -90,6 +91,7 @@ def test_a_mistake_in_a_config_is_one_sentence(
     [
         ("stduy -c x.yaml", "unknown command 'stduy' of fluxsae: did you mean 'study'?"),
         ("study", "required: -c/--config"),
+        ("study -c nowhere.yaml --unti capture", "unrecognized arguments: --unti"),
         ("study -c nowhere.yaml", "there is no config file nowhere.yaml"),
         ("predict -c nowhere.yaml", "there is no config file nowhere.yaml"),
         ("figures -c nowhere.yaml", "there is no config file nowhere.yaml"),
@@ -128,6 +130,14 @@ def test_stages_in_the_wrong_order_are_one_sentence(tmp_path: Path, capsys: pyte
     config["trainer"] = {"accelerator": "cpu", "max_epochs": 1, "logger": False, "enable_checkpointing": False}  # type: ignore[dict-item]
     (tmp_path / "topk.yaml").write_text(yaml.safe_dump(config))
     assert "there is no folder" in fails(["fit", "-c", str(tmp_path / "topk.yaml")], capsys)
+
+
+def test_a_config_of_another_command_is_one_sentence(
+    capture: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "capture.yaml").write_text(yaml.safe_dump(capture))
+    said = fails(["fit", "-c", str(tmp_path / "capture.yaml")], capsys)
+    assert "FluxCapture is nothing to fit; run its config with `fluxsae predict`" in said
 
 
 def test_a_sound_config_captures(capture: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

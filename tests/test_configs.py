@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fluxsae.cli import main
 from fluxsae.features import Selection, read_features
 from fluxsae.flux.load import load_pipeline
+from fluxsae.prompts import read_prompts
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.storage import read_csv, read_json
 from fluxsae.study import read_study
@@ -48,6 +49,14 @@ def test_a_config_fits_the_signatures(name: str, stage: str) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_figures_fit_the_signatures(name: str) -> None:
     assert read_figures(CONFIGS / name / "figures.yaml").select.table.parts[0] == "runs"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_brings_its_prompts(name: str) -> None:
+    """So that nothing but the model is left to name."""
+    for stage, n_prompts in (("capture", 500), ("steering", 1)):
+        values = yaml.safe_load((CONFIGS / name / f"{stage}.yaml").read_text())
+        assert len(read_prompts(CONFIGS.parent / values["data"]["init_args"]["prompts"])) >= n_prompts
 
 
 @pytest.fixture(scope="module", params=STUDIES)

@@ -10,7 +10,7 @@ import yaml
 
 from fluxsae import cli
 from fluxsae.storage import read_json, write_json
-from fluxsae.study import RECORD, plan, read_study, run_study
+from fluxsae.study import RECORD, content_hash, plan, read_study, run_study
 
 
 class Runs(list[str]):
@@ -188,3 +188,14 @@ def test_a_damaged_record_is_named(study: Path, runs: Runs) -> None:
     write_json(study.parent / "run" / RECORD, [1])
     with pytest.raises(ValueError, match=r"study\.json is not a study's record"):
         run_study(study)
+
+
+def test_a_model_card_changes_nothing(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model_index.json").write_text("{}")
+    before = content_hash(model)
+    (model / "README.md").write_text("a card")
+    assert content_hash(model) == before
+    (model / "model_index.json").write_text("{ }")
+    assert content_hash(model) != before

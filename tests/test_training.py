@@ -132,7 +132,7 @@ class StopAt(Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-N_STEPS = 24  # an epoch: 96 images of 64 tokens in batches of 256
+N_STEPS = 21  # an epoch: the 84 images of training prompts, of 64 tokens, in batches of 256
 
 
 @pytest.mark.parametrize(("step", "every"), [(N_STEPS, None), (2 * N_STEPS, None), (36, 12), (40, 10)])
@@ -178,6 +178,12 @@ def test_what_is_logged(shards: Path, tmp_path: Path) -> None:
         *("val/fve", "val/mse", "val/l0", "val/dead_fraction"),
     }
     assert list((tmp_path / "board" / "version_0").glob("events*"))
+
+
+def test_nothing_makes_the_progress_bar_break_its_line(shards: Path, tmp_path: Path) -> None:
+    session = trainer(tmp_path, 1)
+    session.fit(topk(tmp_path), datamodule=data(shards))
+    assert session.progress_bar_metrics == {} and "val/fve" in session.callback_metrics
 
 
 def test_a_wrong_width_ends_in_a_sentence(shards: Path, tmp_path: Path) -> None:

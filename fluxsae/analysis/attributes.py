@@ -26,15 +26,20 @@ class Shared(NamedTuple):
     share: float
 
 
-def shared_attribute(images: Sequence[frozenset[str]], frequency: Mapping[str, float]) -> Shared:
-    """The attribute value that most of `images` have; among equals the one of the lowest `frequency` in all prompts.
+def shared_attribute(
+    images: Sequence[frozenset[str]], frequency: Mapping[str, float], min_share: float = 0.8
+) -> Shared:
+    """The attribute value that tells most of `images`: of those that at least `min_share` of them have, the one of the
+    lowest `frequency` in all prompts, since most pictures hold something large; when there is none, the commonest.
 
     An image counts for each value it has; one whose prompt leaves an attribute unsaid counts against it.
     """
     counts = Counter(value for values in images for value in values)
     if not counts:
         return Shared("", 0.0)
-    label = min(counts, key=lambda value: (-counts[value], frequency.get(value, 0.0), value))
+    shared = [value for value in counts if counts[value] >= min_share * len(images)]
+    most = [value for value in counts if counts[value] == max(counts.values())]
+    label = min(shared or most, key=lambda value: (frequency.get(value, 0.0), -counts[value], value))
     return Shared(label, counts[label] / len(images))
 
 
@@ -111,6 +116,7 @@ class Attributes(Callback):
                 for row in read_features(self.features)
             ],
             frequencies(values),
+            self.min_share,
         )
         update_features(self.features, columns)
         comparison = compare(read_features(self.features), self.n_compare, self.min_share, self.seed)
@@ -123,9 +129,11 @@ def frequencies(values: Sequence[frozenset[str]]) -> dict[str, float]:
     return {value: count / len(values) for value, count in counts.items()}
 
 
-def label_columns(top: Sequence[Sequence[frozenset[str]]], frequency: Mapping[str, float]) -> dict[str, list[Any]]:
+def label_columns(
+    top: Sequence[Sequence[frozenset[str]]], frequency: Mapping[str, float], min_share: float
+) -> dict[str, list[Any]]:
     """The columns label and label_share from the attribute values of every feature's top images."""
-    shared = [shared_attribute(images, frequency) for images in top]
+    shared = [shared_attribute(images, frequency, min_share) for images in top]
     return {
         "label": [best.label or None for best in shared],
         "label_share": [best.share if best.label else None for best in shared],

@@ -39,7 +39,8 @@ def density(frequency: Float[np.ndarray, "F"], path: Path, *, bins: int = 40) ->
         axis.set_title(f"How often {len(frequency):,} features are active")
         axis.set_xlabel("share of images on which a feature is active")
         axis.set_ylabel("features")
-        ticks = [t for t in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0) if np.log10(t) >= edges[0] - 1e-9]
+        between = (0.2, 0.5) if edges[0] > -2.5 else ()
+        ticks = [t for t in (1e-5, 1e-4, 1e-3, 1e-2, 0.1, *between, 1.0) if np.log10(t) >= edges[0] - 1e-9]
         axis.set_xticks([float(np.log10(t)) for t in ticks], [f"{t * 100:g} %" for t in ticks])
         if len(active):
             median = float(np.median(logs))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fluxsae.figures.style import BLUE, GREEN, ORANGE, PINK, drawing
@@ -32,7 +33,7 @@ Run = Mapping[str, Curve]
 
 
 def read_run(folder: str | Path) -> dict[str, Curve]:
-    """The curves named in `TAGS`, from the newest TensorBoard event files or `metrics.csv` anywhere under `folder`.
+    """The curves named in `TAGS`, from the newest TensorBoard event files or `metrics.csv` under `folder` with any.
 
     FileNotFoundError when there is neither, ValueError when they hold none of the curves.
     """
@@ -42,11 +43,11 @@ def read_run(folder: str | Path) -> dict[str, Curve]:
         raise FileNotFoundError(
             f"there are no TensorBoard event files or metrics.csv under {folder}; name a fit's folder."
         )
-    newest = max(logs, key=lambda path: path.stat().st_mtime_ns)
-    curves = _read_csv_log(newest) if newest.suffix == ".csv" else _read_events(newest.parent)
-    if not curves:
-        raise ValueError(f"{newest} holds none of {', '.join(TAGS)}; name the folder of a finished fit.")
-    return curves
+    for log in sorted(logs, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        curves = _read_csv_log(log) if log.suffix == ".csv" else _read_events(log.parent)
+        if curves:  # a fit that ended before its first step leaves a log without any
+            return curves
+    raise ValueError(f"the logs under {folder} hold none of {', '.join(TAGS)}; name the folder of a finished fit.")
 
 
 def training_curves(runs: Mapping[str, Run], path: Path) -> None:
@@ -79,9 +80,12 @@ def _panel(axis: Axes, tag: str, runs: Mapping[str, Run]) -> None:
         axis.plot(steps, values, color=colour, linewidth=1.8, label=name, marker="o" if len(steps) < 2 else None)
     if tag == "train/loss":
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.minorticks_off()
-    elif tag != "val/fve":
+    elif tag == "val/fve":
+        axis.set_ylim(bottom=max(0.0, axis.get_ylim()[0]))  # below 0, worse than the mean, is nothing to compare
+    else:
         axis.set_ylim(bottom=0)
     axis.margins(x=0.02)
     _last_values(axis, [(curve, colour) for _, curve, colour in drawn])
@@ -90,8 +94,9 @@ def _panel(axis: Axes, tag: str, runs: Mapping[str, Run]) -> None:
 def _last_values(axis: Axes, curves: Sequence[tuple[Curve, str]]) -> None:
     """Write each curve's last value at its end, moved apart where two would overlap."""
     ends = [(curve.steps[-1], curve.values[-1]) for curve, _ in curves]
+    axis.autoscale_view()  # else limits are still those of an empty panel
     to_axes = axis.transData + axis.transAxes.inverted()
-    heights = [float(to_axes.transform(end)[1]) for end in ends]
+    heights = [min(max(float(to_axes.transform(end)[1]), 0.0), 1.0) for end in ends]
     for i, height in zip(sorted(range(len(heights)), key=heights.__getitem__), spread(heights), strict=True):
         axis.annotate(
             f"{ends[i][1]:.3g}",

@@ -85,6 +85,8 @@ def _looks_like_path(model: str) -> bool:
 
 
 def _from_hub(hub_id: str) -> Path:
+    told = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # what it warns of when it fails, the error below says
     try:
         return Path(FluxPipeline.download(hub_id))
     except (OSError, ValueError) as error:
@@ -92,6 +94,8 @@ def _from_hub(hub_id: str) -> Path:
             f"{hub_id!r} is no folder here, and the hub gave no such model ({type(error).__name__}); check the name "
             "and the connection, and for a gated model accept its licence and log in with `hf auth login`."
         ) from error
+    finally:
+        diffusers_logging.set_verbosity(told)
 
 
 def _identity_files(folder: Path) -> list[Path]:

@@ -43,13 +43,13 @@ def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = Non
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """The SAE in a folder of ours or in a seed `.pt` file, in evaluation mode.
+    """The SAE in a folder of ours or in a seed `.pt` file, in evaluation mode and without gradients.
 
     FileNotFoundError when there is none, ValueError when it is damaged or another version's. No code is unpickled.
     """
     path = Path(path)
     if path.is_file():
-        return _load_seed(path).to(device).eval()
+        return _load_seed(path).to(device).requires_grad_(False).eval()
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"there is no SAE at {path} (no {CONFIG}); run `fluxsae fit`, or name its folder.")
     config = read_config(path)
@@ -59,7 +59,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     except (OSError, SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path / WEIGHTS} does not hold this SAE's weights ({reason}); fit it again.") from error
-    return sae.to(device).eval()
+    return sae.to(device).requires_grad_(False).eval()
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -29,6 +29,9 @@ def test_shared_attribute() -> None:
     )
     assert shared_attribute([fox, pair, blue], {"object=fox": 0.5, "background=blue": 0.1}).label == "background=blue"
     assert shared_attribute([fox, pair], {}) == ("object=fox", 1.0)
+    often = {"object=fox": 0.9, "background=blue": 0.1}
+    assert shared_attribute([fox] * 4 + [pair], often) == ("background=blue", 0.8)  # shared enough, and says more
+    assert shared_attribute([fox] * 3 + [pair] * 2, often) == ("object=fox", 1.0)
     assert shared_attribute([], {}) == ("", 0.0)
     assert frequencies([fox, pair])["object=owl"] == 0.5
 

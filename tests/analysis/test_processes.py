@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from fluxsae.activations import ActivationData
 from fluxsae.features import Selection
+from fluxsae.sae.checkpoint import read_config
 from tests.analysis.study import Study, make_study, run
 from tests.random_clip import random_clip
 
@@ -69,3 +72,38 @@ def test_two_processes_leave_what_one_leaves(tmp_path: Path) -> None:
     assert (one / "features.csv").read_text() == (two / "features.csv").read_text()
     assert (one / "overlays/overlays.csv").read_text() == (two / "overlays/overlays.csv").read_text()
     assert np.array_equal(np.load(one / "scores/matrix.npy"), np.load(two / "scores/matrix.npy"))
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_sae(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    config = {
+        "model": {
+            "class_path": "fluxsae.SAETraining",
+            "init_args": {
+                "sae": {
+                    "class_path": "fluxsae.TopK",
+                    "init_args": {"d_in": study.sae.d_in, "n_features": 24, "k": 4},
+                },
+                "folder": str(tmp_path / "two"),
+            },
+        },
+        "data": {
+            "class_path": "fluxsae.ActivationData",
+            "init_args": {"shards": str(study.tokens.folder), "batch_size": 32, "val_fraction": 0.4},
+        },
+        "trainer": {"accelerator": "cpu", "devices": 2, "strategy": "ddp", "max_epochs": 2},
+    }
+    config["trainer"] |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxsae", "fit", "-c", tmp_path / "fit.yaml"], cwd=tmp_path,
+        env={"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PATH": ""},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "sync_dist" not in done.stderr
+    held_out = read_config(tmp_path / "two")["training"]["held_out"]
+    data = ActivationData(study.tokens.folder, val_fraction=0.4)
+    assert held_out["n_tokens"] == len(data.split.held_out) * data.spec.n_tokens  # every process's share

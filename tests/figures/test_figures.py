@@ -14,7 +14,7 @@ from fluxsae.figures.compare_sites import SiteFeatures, compare_sites, correlati
 from fluxsae.figures.decoder import decoder
 from fluxsae.figures.density import density
 from fluxsae.figures.matrix import order_by_likeness
-from fluxsae.figures.training_curves import read_run, spread, training_curves
+from fluxsae.figures.training_curves import Curve, read_run, spread, training_curves
 from fluxsae.storage import read_csv
 
 RNG = np.random.default_rng(0)
@@ -42,6 +42,20 @@ def test_training_curves(tmp_path: Path) -> None:
     assert is_picture(path) and len(read_csv(path.with_suffix(".csv"))) == 16
     with pytest.raises(FileNotFoundError, match="event files"):
         read_run(tmp_path / "nowhere")
+
+
+def test_a_fit_that_ended_early_does_not_hide_the_one_before(tmp_path: Path) -> None:
+    for version, tag in enumerate(("train/loss", "hp_metric")):
+        with SummaryWriter(str(tmp_path / f"version_{version}")) as board:
+            board.add_scalar(tag, 1.0, 1)
+    assert set(read_run(tmp_path)) == {"train/loss"}
+
+
+@pytest.mark.parametrize("values", [[-4.0, -3.0], [0.75, 0.83], [1e6, 2e6]])
+def test_last_values_stand_within_their_panel(tmp_path: Path, values: list[float]) -> None:
+    """Outside of it, the layout would have no room for the panel itself, and matplotlib warn of it."""
+    run = {tag: Curve([10, 1000], values) for tag in ("val/fve", "val/l0")}
+    training_curves({"TopK": run, "L1": {"val/fve": Curve([10], [0.5])}}, tmp_path / "curves.png")
 
 
 def test_spread() -> None:

@@ -20,6 +20,7 @@ def test_a_saved_sae_is_the_same_sae(tmp_path: Path, sae: SAE) -> None:
     sae.spec, sae.mean_norm = capture_spec(), 3.25
     save_sae(tmp_path, sae, {"steps": 5})
     loaded = load_sae(tmp_path)
+    assert not loaded.W_dec.requires_grad and not loaded.training
     assert type(loaded) is type(sae) and loaded.options() == sae.options()
     assert loaded.spec == capture_spec() and loaded.mean_norm == 3.25 and not loaded.training
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sae.state_dict().items())

@@ -30,7 +30,7 @@ from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_
 from fluxsae.shards.format import SampleRecord, Storage
 from fluxsae.shards.write import ShardWriter
 from fluxsae.spec import CaptureSpec, GenerationSpec, Site, check_step, differences, parse_site, token_grid
-from fluxsae.storage import read_json, write_json, write_text
+from fluxsae.storage import read_json, remove_parts, write_json, write_text
 
 __all__ = ["FluxCapture", "GenerationRequest", "PromptData", "RequestBatch", "image_seed", "set_folder"]
 
@@ -237,6 +237,8 @@ class FluxCapture(LightningModule):
             _refuse_another(path, self.spec, self.data.images_per_shard)
         if self.trainer.is_global_zero:
             # Always: attributes may have been corrected since, which changes no image.
+            remove_parts(self.folder / "prompts.jsonl")
+            remove_parts(path)
             lines = [json.dumps(_prompt_line(prompt), ensure_ascii=False) + "\n" for prompt in self.data.prompts]
             write_text(self.folder / "prompts.jsonl", "".join(lines))
             write_json(path, values)
@@ -286,7 +288,7 @@ def _refuse_another(path: Path, spec: GenerationSpec, images_per_shard: int) -> 
     values = read_json(path)
     try:
         found, found_size = GenerationSpec.from_dict(values["spec"]), values["images_per_shard"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is not a capture's record (no {error}); remove its folder or name another."
         ) from error

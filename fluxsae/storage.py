@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_parts(path: str | Path) -> None:
+    """Remove what processes that were killed while they wrote `path` left; for when none is writing it."""
+    path = Path(path)
+    for part in path.parent.glob(f".{escape(path.stem)}-*{escape(path.suffix)}"):
+        part.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -49,8 +57,21 @@ def read_json(path: str | Path) -> Any:
     """The JSON value in `path`; FileNotFoundError when missing, ValueError naming the file when it does not parse."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); restore it or make it again.") from error
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with a `hash` of all that it says, so that a reader sees when a digit has changed."""
+    return {**values, "hash": hash_json(values)}
+
+
+def unsealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `sealed` was given. ValueError when it says something else now; a record without a hash is an older one."""
+    inner = {key: value for key, value in values.items() if key != "hash"}
+    if "hash" in values and values["hash"] != hash_json(inner):
+        raise ValueError("it is damaged: its content does not have the hash that it names")
+    return inner
 
 
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:

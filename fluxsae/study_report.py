@@ -107,25 +107,25 @@ def _steering(path: Path) -> Iterator[str]:
     if not path.exists():
         return
     rows = read_csv(path)
-    strongest = max((float(row["strength"]) for row in rows), default=0.0)
-    rows = [row for row in rows if float(row["strength"]) == strongest]
-
-    def mean(column: str) -> float | None:
-        values = [float(row[column]) for row in rows if row.get(column)]
-        return fmean(values) if values else None
-
-    yield _line(
-        "steering", f"{len(rows)} features at strength {strongest:+g}, against random directions of equal norm:"
-    )
+    strengths = sorted({float(row["strength"]) for row in rows})
+    if not strengths:
+        return
+    shown = [strengths[0], strengths[-1]] if strengths[0] < 0 else [strengths[-1]]
+    n_features = len({row["feature"] for row in rows})
+    heads = "".join(f"{f'{strength:+g}':>10} {'random':>10}" for strength in shown)
+    yield _line("steering", f"{f'{n_features} features, steered, beside random directions as long':<57}{heads}")
     for name, meaning, digits in (
         ("clip_change", "rise in CLIP similarity with the feature's top images", 3),
         ("activation_change", "rise of the feature's own code", 2),
         ("ssim_distance", "change of the picture, 1 - SSIM", 2),
     ):
-        ours, theirs = mean(f"feature_{name}"), mean(f"random_{name}")
-        if ours is not None:
-            against = "" if theirs is None else f"   random {theirs:+.{digits}f}"
-            yield f"  {'':<13}{meaning:<56} {ours:+.{digits}f}{against}"
+        cells = ""
+        for strength in shown:
+            at = [row for row in rows if float(row["strength"]) == strength]
+            for kind in ("feature", "random"):
+                values = [float(row[f"{kind}_{name}"]) for row in at if row.get(f"{kind}_{name}")]
+                cells += f" {f'{fmean(values):+.{digits}f}' if values else '–':>10}"
+        yield f"  {'':<13}{meaning:<56}{cells}"
 
 
 def _line(head: str, text: str) -> str:

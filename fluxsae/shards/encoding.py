@@ -44,7 +44,10 @@ def decode_tokens(buffer: bytearray | mmap, start: int, size: int) -> Float[Tens
     length = int.from_bytes(buffer[start : start + 8], "little")
     if size < 8 or length > size - 8:
         raise ValueError(f"its header would take {length} of {size} bytes")
-    header = json.loads(bytes(buffer[start + 8 : start + 8 + length]))
+    try:
+        header = json.loads(bytes(buffer[start + 8 : start + 8 + length]))
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
     if not isinstance(header, dict) or "tokens" not in header:
         raise ValueError("it holds no tensor named 'tokens'")
     body, room = start + 8 + length, size - 8 - length
@@ -54,11 +57,15 @@ def decode_tokens(buffer: bytearray | mmap, start: int, size: int) -> Float[Tens
     if "scale" not in header:
         return tokens
     scale = _view(buffer, header["scale"], body, room)
+    if scale.shape != tokens.shape[:1]:
+        raise ValueError(f"its scale has shape {list(scale.shape)}, expected {list(tokens.shape[:1])}")
     return (tokens.float() * scale[:, None]).to(torch.bfloat16)
 
 
 def _view(buffer: bytearray | mmap, entry: dict[str, Any], body: int, room: int) -> Tensor:
     dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if any(type(size) is not int or size < 1 for size in (*shape, end)) or type(begin) is not int:
+        raise ValueError(f"a tensor has shape {shape} and bytes {begin} to {end}, expected positive integers")
     count = math.prod(shape)
     if not (0 <= begin <= end <= room and end - begin == count * dtype.itemsize and count > 0):
         raise ValueError(f"a tensor of shape {shape} does not fit its bytes {begin} to {end} of {room}")

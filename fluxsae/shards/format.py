@@ -9,14 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
 from fluxsae.spec import CaptureSpec, GenerationSpec
-from fluxsae.storage import read_json
+from fluxsae.storage import read_json, sealed, unsealed
 
 VERSION = 1
 METADATA = "metadata.json"
@@ -53,12 +53,15 @@ class SampleRecord(NamedTuple):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SampleRecord:
         """ValueError unless `values` has exactly the fields of a record, with their types."""
-        if set(values) != set(cls._fields):
-            raise ValueError(f"fields {sorted(values)}, expected {sorted(cls._fields)}")
+        if not isinstance(values, dict) or set(values) != set(cls._fields):
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"fields {found}, expected {sorted(cls._fields)}")
         for name in cls._fields[:4]:
             if type(values[name]) is not int:
                 raise ValueError(f"{name} is {values[name]!r}, expected an integer")
-        return cls(**{**values, "prompt": str(values["prompt"])})
+        if not isinstance(values["prompt"], str):
+            raise ValueError(f"prompt is {values['prompt']!r}, expected text")
+        return cls(**values)
 
 
 class Sums(NamedTuple):
@@ -139,29 +142,65 @@ class ShardMetadata:
 
     def to_dict(self) -> dict[str, Any]:
         numbers = self.statistics
-        return {
-            "version": self.version,
-            "kind": self.kind,
-            "storage": self.storage,
-            "n_images": self.n_images,
-            "spec": self.spec.to_dict(),
-            "shards": [asdict(shard) for shard in self.shards],
-            "statistics": numbers.to_dict() if numbers is not None else None,
-        }
+        return sealed(
+            {
+                "version": self.version,
+                "kind": self.kind,
+                "storage": self.storage,
+                "n_images": self.n_images,
+                "spec": self.spec.to_dict(),
+                "shards": [asdict(shard) for shard in self.shards],
+                "statistics": numbers.to_dict() if numbers is not None else None,
+            }
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ShardMetadata:
-        kind = values["kind"]
-        numbers = values["statistics"]
-        mean = None if numbers is None else torch.tensor(numbers["mean"], dtype=torch.float64)
-        return cls(
+        """ValueError, KeyError or TypeError unless `values` is what `to_dict` gave."""
+        values = unsealed(values)
+        kind, n_images = values["kind"], values["n_images"]
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind is {kind!r}, expected one of {', '.join(get_args(Kind))}")
+        if (values["statistics"] is None) != (kind == "images"):
+            raise ValueError(f"statistics are {type(values['statistics']).__name__} in a set of {kind}")
+        metadata = cls(
             kind=kind,
             storage=values["storage"],
             spec=parse_spec(kind, values["spec"]),
-            shards=tuple(ShardEntry(**shard) for shard in values["shards"]),
-            statistics=None if numbers is None else Statistics(**{**numbers, "mean": mean}),
+            shards=tuple(parse_entry(entry, shard) for shard, entry in enumerate(values["shards"])),
+            statistics=None if kind == "images" else _parse_statistics(values["statistics"]),
             version=values["version"],
         )
+        first = 0
+        for entry in metadata.shards:
+            if entry.first_image != first:
+                raise ValueError(f"{entry.name} starts at image {entry.first_image}, expected {first}")
+            first += entry.samples
+        if n_images != first:
+            raise ValueError(f"n_images is {n_images!r} but its shards hold {first}")
+        return metadata
+
+
+def parse_entry(values: dict[str, Any], shard: int) -> ShardEntry:
+    """One shard's entry. ValueError or TypeError unless its name is that shard's own and its numbers are counts."""
+    entry = ShardEntry(**values)
+    if entry.name != shard_name(shard):
+        raise ValueError(f"shard {shard} is called {entry.name!r}, expected {shard_name(shard)!r}")
+    for name, least in (("samples", 1), ("first_image", 0), ("bytes", 1)):
+        if type(values[name]) is not int or values[name] < least:
+            raise ValueError(f"{name} of {entry.name} is {values[name]!r}, expected an integer of at least {least}")
+    if not isinstance(entry.sha256, str):
+        raise ValueError(f"sha256 of {entry.name} is {entry.sha256!r}, expected text")
+    return entry
+
+
+def _parse_statistics(values: dict[str, Any]) -> Statistics:
+    numbers = Statistics(**{**values, "mean": torch.tensor(values["mean"], dtype=torch.float64)})
+    if numbers.mean.ndim != 1 or not bool(torch.isfinite(numbers.mean).all()):
+        raise ValueError("mean in its statistics is not a list of finite numbers")
+    if type(numbers.n_tokens) is not int or not (math.isfinite(numbers.scale) and math.isfinite(numbers.mean_norm)):
+        raise ValueError("n_tokens, scale and mean_norm in its statistics are not finite numbers")
+    return numbers
 
 
 def parse_spec(kind: str, values: dict[str, Any]) -> CaptureSpec | GenerationSpec:
@@ -171,7 +210,7 @@ def parse_spec(kind: str, values: dict[str, Any]) -> CaptureSpec | GenerationSpe
 def read_metadata(folder: Path) -> ShardMetadata:
     """The metadata of a set. FileNotFoundError when the folder is no whole set, ValueError when the file is damaged."""
     path = folder / METADATA
-    if not path.exists():
+    if not path.is_file():
         what = f"{folder} has no {METADATA}" if folder.exists() else f"there is no folder {folder}"
         raise FileNotFoundError(f"{what}; name a folder that a finished capture left, or run the capture to its end.")
     values = read_json(path)
@@ -180,5 +219,5 @@ def read_metadata(folder: Path) -> ShardMetadata:
         raise ValueError(f"{path} has format version {found!r}, this package reads {VERSION}; capture again.")
     try:
         return ShardMetadata.from_dict(values)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} is not a shard set's metadata ({error}); restore it or capture again.") from error

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property
@@ -72,7 +74,7 @@ class ShardSet:
         if kind not in (None, metadata.kind):
             raise ValueError(f"{folder} is a set of {metadata.kind}, expected {kind}; name the folder of the {kind}.")
         for shard in metadata.shards:
-            if complete and not (folder / shard.name).exists():
+            if complete and not (folder / shard.name).is_file():
                 raise FileNotFoundError(f"{folder / shard.name} is missing; restore it or capture again.")
         return cls(folder, metadata)
 
@@ -112,9 +114,13 @@ class ShardSet:
         """The tokens of one image, bf16 or (where stored so) float32; read-only, they may share the file's memory."""
         shard, member = self._member(image, TOKENS)
         try:
-            return decode_tokens(self._map(shard), member.start, member.size)
+            tokens = decode_tokens(self._map(shard), member.start, member.size)
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(shard, member.name, str(error)) from error
+        shape = (self.spec.n_tokens, self.statistics.mean.numel())
+        if tokens.shape != shape:
+            raise self._damaged(shard, member.name, f"its tokens have shape {list(tokens.shape)}, expected {shape}")
+        return tokens
 
     def tokens_batch(self, images: Sequence[int]) -> Float[Tensor, "B T D"]:
         """The tokens of several images, copied into one tensor."""
@@ -123,10 +129,15 @@ class ShardSet:
     def image(self, image: int) -> Image.Image:
         """One picture of a set of images."""
         shard, member = self._member(image, IMAGE)
+        expected = (self.generation.width, self.generation.height)
         try:
-            picture = Image.open(io.BytesIO(self._bytes(shard, member)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is compared before loading
+                picture = Image.open(io.BytesIO(self._bytes(shard, member)), formats=("PNG",))
+            if picture.size != expected:
+                raise ValueError(f"it is {picture.size} pixels, expected {expected}")
             picture.load()
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise self._damaged(shard, member.name, str(error)) from error
         return picture
 
@@ -135,7 +146,7 @@ class ShardSet:
         shard, member = self._member(image, RECORD)
         try:
             record = SampleRecord.from_dict(json.loads(self._bytes(shard, member)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._damaged(shard, member.name, str(error)) from error
         if record.image != image:
             raise self._damaged(shard, member.name, f"it describes image {record.image}")
@@ -183,8 +194,10 @@ class ShardSet:
 def map_tar(path: Path) -> mmap.mmap:
     """A tar mapped into memory, copy-on-write: torch takes only writable buffers, and nothing here reaches the file.
 
-    ValueError when it is empty.
+    FileNotFoundError when it is missing, ValueError when it is empty.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; restore it or capture again.")
     with path.open("rb") as file:
         if file.seek(0, io.SEEK_END) == 0:
             raise ValueError(f"{path} is empty; restore it or capture again.")
@@ -199,10 +212,16 @@ def index_tar(tar: mmap.mmap, path: Path) -> dict[str, Member]:
         header = tar[offset : offset + _BLOCK]
         if len(header) < _BLOCK or not _checks(header):
             raise ValueError(f"{path} is damaged after {last}, at byte {offset}; restore it or capture again.")
-        member = Member(header[:100].rstrip(b"\0").decode(), offset + _BLOCK, int(header[124:136].rstrip(b" \0"), 8))
-        last = f"member {member.name}"
+        name = b"/".join(part.rstrip(b"\0") for part in (header[345:500], header[:100]) if part.strip(b"\0"))
+        size = header[124:136].rstrip(b" \0")
+        last = f"member {name.decode(errors='replace')}"
+        if header[156:157] not in (b"0", b"\0") or not re.fullmatch(rb"[0-7]+", size):
+            raise ValueError(f"{path}: {last} is no plain file of a plain size; restore the file or capture again.")
+        member = Member(name.decode(errors="replace"), offset + _BLOCK, int(size, 8))
         if member.start + member.size > len(tar):
             raise ValueError(f"{path} is cut short in {last}; restore it or capture again.")
+        if member.name in members:
+            raise ValueError(f"{path} has {last} twice; restore it or capture again.")
         members[member.name] = member
         offset = member.start + -(-member.size // _BLOCK) * _BLOCK
     return members

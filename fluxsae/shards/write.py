@@ -32,6 +32,7 @@ from fluxsae.shards.format import (
     Storage,
     Sums,
     merge,
+    parse_entry,
     parse_spec,
     read_metadata,
     sample_key,
@@ -40,7 +41,7 @@ from fluxsae.shards.format import (
     sums_name,
 )
 from fluxsae.spec import CaptureSpec, GenerationSpec, differences
-from fluxsae.storage import read_json, sha256_file, whole_file, write_json
+from fluxsae.storage import read_json, remove_parts, sealed, sha256_file, unsealed, whole_file, write_json
 
 
 class ShardWriter:
@@ -76,10 +77,13 @@ class ShardWriter:
         return self.storage if self.kind == "tokens" else IMAGE
 
     def is_complete(self, shard: int, samples: int | None = None) -> bool:
-        """Whether this shard is on disk, whole, and of this spec (with `samples` images, where that is given)."""
+        """Whether this shard is on disk, whole, and of this spec (with `samples` images, where that is given).
+
+        One whose record beside it is damaged is not: it is made again.
+        """
         path = self.folder / sums_name(shard)
         tar = self.folder / shard_name(shard)
-        if not (path.exists() and tar.exists()):
+        if not (path.is_file() and tar.is_file()):
             return False
         entry, _ = self._read_sums(shard)
         return entry is not None and entry.bytes == tar.stat().st_size and samples in (None, entry.samples)
@@ -114,7 +118,7 @@ class ShardWriter:
             "shard": asdict(entry),
             "sums": sums.to_dict() if sums is not None else None,
         }
-        write_json(self.folder / sums_name(shard), values)
+        write_json(self.folder / sums_name(shard), sealed(values))
 
     def abandon(self) -> None:
         """Remove the shards that are not closed yet."""
@@ -146,17 +150,21 @@ class ShardWriter:
         metadata = ShardMetadata(self.kind, self._storage_name, self.spec, tuple(entries), numbers)
         for left_over in self.folder.glob(".shard-*"):
             left_over.unlink()
+        remove_parts(self.folder / METADATA)
         write_json(self.folder / METADATA, metadata.to_dict())
         return metadata
 
     def _read_sums(self, shard: int) -> tuple[ShardEntry | None, Sums | None]:
-        values = read_json(self.folder / sums_name(shard))
-        same = (values["storage"], values["images_per_shard"]) == (self._storage_name, self.images_per_shard)
-        if not same or differences(self.spec, parse_spec(self.kind, values["spec"])):
+        try:
+            values = unsealed(read_json(self.folder / sums_name(shard)))
+            same = (values["storage"], values["images_per_shard"]) == (self._storage_name, self.images_per_shard)
+            if not same or differences(self.spec, parse_spec(self.kind, values["spec"])):
+                return None, None
+            entry, numbers = parse_entry(values["shard"], shard), values["sums"]
+            mean = None if numbers is None else torch.tensor(numbers["mean"], dtype=torch.float64)
+            return entry, None if numbers is None else Sums(**{**numbers, "mean": mean})
+        except (KeyError, TypeError, ValueError, AttributeError):
             return None, None
-        numbers = values["sums"]
-        mean = None if numbers is None else torch.tensor(numbers["mean"], dtype=torch.float64)
-        return ShardEntry(**values["shard"]), None if numbers is None else Sums(**{**numbers, "mean": mean})
 
 
 class _OpenShard:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import fluxsae
+from fluxsae.storage import read_csv
 from scripts.tiny.scenes import random_caption, render, to_tensors
 
 RUN, OUT = Path("runs/tiny"), Path(__file__).parent
@@ -47,7 +48,9 @@ def main() -> None:
     named = max(rows, key=lambda row: (row.label_share or 0.0, row.coherence or 0.0))
     save(Image.open(RUN / "figures/contact_sheet.png"), "contact_sheet.png", 760)
     save(Image.open(RUN / f"overlays/feature-{named.feature:05d}.png"), "overlays.png", 520)
-    save(Image.open(RUN / f"steering/feature-{rows[0].feature:05d}.png"), "steering.png", 860)
+    effects = read_csv(RUN / "steering/summary.csv")
+    moved = max(effects, key=lambda row: abs(float(row["feature_activation_change"])))["feature"]
+    save(Image.open(RUN / f"steering/feature-{int(moved):05d}.png"), "steering.png", 860)
     save(scenes(), "scenes.png", 900)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -137,7 +138,6 @@ def render(scenes: SceneTensors, generator: torch.Generator, side: int = SIDE) -
     Jitter: ±3 % of the side in position, ±6 % of the object's size, ±3 levels in 255 of background colour.
     """
     device = generator.device
-    sprites = load_sprites().to(device)
     objects, sizes, places, background = (column.to(device) for column in scenes)
 
     def noise(*shape: int) -> Tensor:
@@ -152,7 +152,7 @@ def render(scenes: SceneTensors, generator: torch.Generator, side: int = SIDE) -
     for slot in range(2):
         centre = centres[places[:, slot]] + noise(len(background), 2) * 0.03
         scale = scales[sizes[:, slot]] * (1 + noise(len(background)) * 0.06)
-        layer = _place(sprites[objects[:, slot]], centre, scale, side)
+        layer = _place(objects[:, slot], centre, scale, side)
         layer = layer * (objects[:, slot] >= 0).view(-1, 1, 1, 1)
         alpha = layer[:, 3:]
         image = image * (1 - alpha) + layer[:, :3]
@@ -161,20 +161,25 @@ def render(scenes: SceneTensors, generator: torch.Generator, side: int = SIDE) -
 
 
 def _place(
-    sprites: Float[Tensor, "B 4 P P"], centre: Float[Tensor, "B 2"], scale: Float[Tensor, "B"], side: int
+    objects: Int[Tensor, " B"], centre: Float[Tensor, "B 2"], scale: Float[Tensor, " B"], side: int
 ) -> Float[Tensor, "B 4 S S"]:
-    """Sprites drawn into side × side canvases, filtered down to about their final size first against aliasing."""
-    large = round(side * max(SIZES.values()))
-    small = round(side * min(SIZES.values()))
-    coarse = F.interpolate(sprites, (small, small), mode="bilinear", antialias=True)
-    fine = F.interpolate(sprites, (large, large), mode="bilinear", antialias=True)
-    is_small = (scale < (large + small) / 2 / side).view(-1, 1, 1, 1)
-    theta = torch.zeros(len(sprites), 2, 3, device=sprites.device)
+    """Sprites drawn into side × side canvases."""
+    theta = torch.zeros(len(objects), 2, 3, device=objects.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
     theta[:, :, 2] = -(2 * centre - 1) / scale[:, None]
-    grid = F.affine_grid(theta, [len(sprites), 4, side, side], align_corners=False)
-    small_layer, large_layer = (F.grid_sample(level, grid, align_corners=False) for level in (coarse, fine))
+    grid = F.affine_grid(theta, [len(objects), 4, side, side], align_corners=False)
+    small, large = _sprite_levels(side, objects.device)
+    is_small = (scale < sum(SIZES.values()) / 2).view(-1, 1, 1, 1)
+    small_layer, large_layer = (F.grid_sample(level[objects], grid, align_corners=False) for level in (small, large))
     return torch.where(is_small, small_layer, large_layer)
+
+
+@cache
+def _sprite_levels(side: int, device: torch.device) -> list[Float[Tensor, "n 4 P P"]]:
+    """All sprites, filtered down to about the size of each of `SIZES` against aliasing, smallest first."""
+    sprites = load_sprites().to(device)
+    sizes = [round(side * size) for size in sorted(SIZES.values())]
+    return [F.interpolate(sprites, (size, size), mode="bilinear", antialias=True) for size in sizes]
 
 
 def _thing(rng: random.Random, name: str, place: str) -> Thing:

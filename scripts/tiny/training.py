@@ -23,20 +23,23 @@ from scripts.tiny.models import build_clip, build_clip_text, build_t5, build_tra
 from scripts.tiny.scenes import render
 from scripts.tiny.vocabulary import PLACES
 
+AVERAGED_STEPS = 2000
+"""The averaged weights forget what is older than about so many steps."""
+
 
 class Training(L.LightningModule):
     """What the trainings share: the pool of scenes, seeded steps in one graph, AdamW with warm-up and cosine decay, and
     an average of the weights (`average`) that later stages use."""
 
     def __init__(
-        self, model: nn.Module, pool: Pool, n_steps: int, batch_size: int, lr: float, seed: int, memory: int = 2000
+        self, model: nn.Module, pool: Pool, n_steps: int, batch_size: int, lr: float, seed: int, graphs: bool = True
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.pool = pool
-        self.n_steps, self.batch_size, self.lr, self.seed, self.memory = n_steps, batch_size, lr, seed, memory
+        self.n_steps, self.batch_size, self.lr, self.seed, self.graphs = n_steps, batch_size, lr, seed, graphs
         self.share = self.last = torch.zeros(())
         self.graphed: GraphedStep
 
@@ -51,7 +54,7 @@ class Training(L.LightningModule):
     def training_step(self, *_: Any) -> None:
         optimizer = self.optimizers()
         self.adam.set_rate(self.rate(self.global_step), self.device)
-        self.share.fill_(max(1 / self.memory, 1 / (1 + self.global_step)))
+        self.share.fill_(max(1 / AVERAGED_STEPS, 1 / (1 + self.global_step)))
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_000_007 + self.global_step)
         with torch.no_grad():
             inputs = self.inputs(generator)
@@ -79,7 +82,7 @@ class Training(L.LightningModule):
         self.pool = self.pool.to(self.device)
         self.share = torch.ones((), device=self.device)
         self.last = torch.zeros((), device=self.device)
-        self.graphed = GraphedStep(self.full_step, self.device)
+        self.graphed = GraphedStep(self.full_step, enabled=self.graphs and self.device.type == "cuda")
 
     def train_dataloader(self) -> range:
         return range(self.n_steps)

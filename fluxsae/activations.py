@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -137,6 +137,8 @@ class ActivationData(LightningDataModule):
                 )
 
     def train_dataloader(self) -> DataLoader[Tensor]:
+        if self.trainer is not None:
+            _close_epoch(self.trainer)
         tokens = MixedTokens(
             self.shard_set,
             self.split.train,
@@ -169,8 +171,9 @@ class ActivationData(LightningDataModule):
     def _progress(self) -> Progress:
         if self.trainer is None:
             return Progress(0, 0)
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return Progress(self.trainer.current_epoch, batches.processed)  # type: ignore[attr-defined]
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress
+        done: int = batches.current.processed  # type: ignore[attr-defined]
+        return Progress(self.trainer.current_epoch, 0 if batches.is_last_batch else done)  # after the last, a new epoch
 
     @property
     def _loading(self) -> dict[str, Any]:
@@ -332,10 +335,28 @@ class _ResumableLoader(DataLoader[Tensor]):
         return batches
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self._progress().batches % len(self)}
+        return {"batches": self._progress().batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._skip = state["batches"]
+
+
+def _close_epoch(trainer: Trainer) -> None:
+    """End the epoch of a run that is resumed from a checkpoint of right after its last batch, unless it was the last.
+
+    Lightning 2.6 would ask for the next epoch's tokens while it still counts this one, and then begin one too few.
+    """
+    loop = trainer.fit_loop
+    batches: Any = loop.epoch_loop.batch_progress
+    epochs: Any = loop.epoch_progress
+    ended = batches.is_last_batch and batches.total.completed == batches.total.processed - 1
+    if not (loop.restarting and ended) or epochs.current.processed + 1 == loop.max_epochs:
+        return
+    batches.increment_completed()
+    batches.reset_on_run()
+    loop.epoch_loop._batches_that_stepped += 1
+    epochs.increment_processed()
+    epochs.increment_completed()
 
 
 def _mix(*numbers: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fluxsae.storage import read_csv, write_csv
+from fluxsae.storage import read_csv, remove_parts, write_csv
 
 COLUMNS = (
     "feature",
@@ -71,6 +71,7 @@ def update_features(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> N
             row[name] = value
     extra = sorted({name for row in rows for name in row} - set(COLUMNS))
     present = [name for name in COLUMNS if any(name in row for row in rows)]
+    remove_parts(path)
     write_csv(path, rows, [*present, *extra])
 
 

@@ -39,7 +39,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 def remove_parts(path: str | Path) -> None:
     """Remove what processes that were killed while they wrote `path` left; for when none is writing it."""
     path = Path(path)
-    for part in path.parent.glob(f".{escape(path.stem)}-*{escape(path.suffix)}"):
+    for part in path.parent.glob(f".{escape(path.stem)}-{'[a-z0-9_]' * 8}{escape(path.suffix)}"):
         part.unlink(missing_ok=True)
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from fluxsae.features import Feature, read_features, update_features
 from fluxsae.prompts import read_prompts
 from fluxsae.scoring import all_shards
-from fluxsae.storage import write_json
+from fluxsae.storage import remove_parts, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,9 @@ class Attributes(Callback):
         )
         update_features(self.features, columns)
         comparison = compare(read_features(self.features), self.n_compare, self.min_share, self.seed)
-        write_json(self.features.with_name("attributes.json"), comparison._asdict())
+        path = self.features.with_name("attributes.json")
+        remove_parts(path)
+        write_json(path, comparison._asdict())
 
 
 def frequencies(values: Sequence[frozenset[str]]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from fluxsae.analysis.gather import gather
 from fluxsae.prompts import read_prompts
 from fluxsae.scoring import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY, ImageScores, SAEScoring, all_shards
 from fluxsae.shards.read import ShardSet
-from fluxsae.storage import whole_file, write_csv, write_json
+from fluxsae.storage import remove_parts, whole_file, write_csv, write_json
 
 
 class ScoresWriter(Callback):
@@ -41,6 +41,8 @@ class ScoresWriter(Callback):
         path = ""
         if trainer.is_global_zero:
             (self.folder / SUMMARY).unlink(missing_ok=True)
+            for name in (MATRIX, IMAGES, SUMMARY):
+                remove_parts(self.folder / name)
             path = str(self._temporary.enter_context(whole_file(self.folder / MATRIX)))
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
         path = trainer.strategy.broadcast(path)

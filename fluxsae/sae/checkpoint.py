@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.spec import CaptureSpec
-from fluxsae.storage import read_json, whole_file, write_json
+from fluxsae.storage import read_json, remove_parts, whole_file, write_json
 
 VERSION = 1
 WEIGHTS = "sae.safetensors"
@@ -25,6 +25,8 @@ def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = Non
     """Write an SAE, what it was trained on and a summary of the training; `config.json` last: it marks a whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (WEIGHTS, CONFIG):
+        remove_parts(folder / name)
     (folder / CONFIG).unlink(missing_ok=True)  # between new weights and a new config, the old one would tell lies
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()}
     with whole_file(folder / WEIGHTS) as temporary:

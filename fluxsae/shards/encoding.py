@@ -62,7 +62,7 @@ def decode_tokens(buffer: bytearray | mmap, start: int, size: int) -> Float[Tens
     return (tokens.float() * scale[:, None]).to(torch.bfloat16)
 
 
-def _view(buffer: bytearray | mmap, entry: dict[str, Any], body: int, room: int) -> Tensor:
+def _view(buffer: bytearray | mmap, entry: Any, body: int, room: int) -> Tensor:
     dtype, shape, (begin, end) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
     if any(type(size) is not int or size < 1 for size in (*shape, end)) or type(begin) is not int:
         raise ValueError(f"a tensor has shape {shape} and bytes {begin} to {end}, expected positive integers")

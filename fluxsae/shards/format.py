@@ -51,7 +51,7 @@ class SampleRecord(NamedTuple):
     prompt: str
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SampleRecord:
+    def from_dict(cls, values: Any) -> SampleRecord:
         """ValueError unless `values` has exactly the fields of a record, with their types."""
         if not isinstance(values, dict) or set(values) != set(cls._fields):
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
@@ -181,7 +181,7 @@ class ShardMetadata:
         return metadata
 
 
-def parse_entry(values: dict[str, Any], shard: int) -> ShardEntry:
+def parse_entry(values: Any, shard: int) -> ShardEntry:
     """One shard's entry. ValueError or TypeError unless its name is that shard's own and its numbers are counts."""
     entry = ShardEntry(**values)
     if entry.name != shard_name(shard):
@@ -194,7 +194,7 @@ def parse_entry(values: dict[str, Any], shard: int) -> ShardEntry:
     return entry
 
 
-def _parse_statistics(values: dict[str, Any]) -> Statistics:
+def _parse_statistics(values: Any) -> Statistics:
     numbers = Statistics(**{**values, "mean": torch.tensor(values["mean"], dtype=torch.float64)})
     if numbers.mean.ndim != 1 or not bool(torch.isfinite(numbers.mean).all()):
         raise ValueError("mean in its statistics is not a list of finite numbers")
@@ -203,7 +203,7 @@ def _parse_statistics(values: dict[str, Any]) -> Statistics:
     return numbers
 
 
-def parse_spec(kind: str, values: dict[str, Any]) -> CaptureSpec | GenerationSpec:
+def parse_spec(kind: str, values: Any) -> CaptureSpec | GenerationSpec:
     return CaptureSpec.from_dict(values) if kind == "tokens" else GenerationSpec.from_dict(values)
 
 

@@ -1,0 +1,38 @@
+"""Files that are whole or absent, and records that tell when they have changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fluxsae.storage import read_json, remove_parts, sealed, unsealed, whole_file, write_json
+
+
+def test_a_sealed_record_tells_a_changed_digit(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", sealed({"mean": [0.1, 2.5e-7], "n": 3}))
+    values = read_json(tmp_path / "a.json")
+    assert unsealed(values) == {"mean": [0.1, 2.5e-7], "n": 3}
+    assert unsealed({"n": 3}) == {"n": 3}  # of before records had one
+    with pytest.raises(ValueError, match="does not have the hash"):
+        unsealed({**values, "n": 4})
+
+
+def test_json_that_is_nested_too_deeply_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON"):
+        read_json(tmp_path / "a.json")
+
+
+def test_parts_of_one_file_are_removed_and_no_others(tmp_path: Path) -> None:
+    parts = []
+    for name in ("top.json", "top-1.json", "top.csv"):
+        with whole_file(tmp_path / name) as temporary:
+            temporary.write_text(json.dumps(name))
+            parts.append(tmp_path / temporary.name)
+    for part in parts:
+        part.write_text("left by a process that was killed")
+    remove_parts(tmp_path / "top.json")
+    assert [part.exists() for part in parts] == [False, True, True]
+    assert json.loads((tmp_path / "top.json").read_text()) == "top.json"

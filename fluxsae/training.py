@@ -87,6 +87,7 @@ class SAETraining(LightningModule):
         self._dead: Tensor | None = None
         self._evaluation: Evaluation | None = None
         self._metrics: tuple[int, Metrics | None] | None = None
+        self._written = False
 
     def setup(self, stage: str) -> None:
         data = self._data
@@ -177,7 +178,16 @@ class SAETraining(LightningModule):
         self.on_validation_epoch_end()
 
     def on_train_end(self) -> None:
+        self._write()
+
+    def on_fit_end(self) -> None:
+        """A run resumed from its last checkpoint has nothing left to train, and then Lightning ends no training."""
+        if not self._written:
+            self._write()
+
+    def _write(self) -> None:
         """Write the SAE, with metrics of the weights as they are now."""
+        self._written = True
         if self._metrics is None or self._metrics[0] != self.global_step:
             self._metrics = (self.global_step, self._evaluate())
         if self.trainer.is_global_zero:

@@ -199,3 +199,17 @@ def test_the_learning_rate_rises_stays_and_falls(tmp_path: Path) -> None:
     factors = [module._lr_factor(step) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and factors[9:81] == [1.0] * 72
     assert factors[90] == pytest.approx(0.5) and factors[100] == 0.0
+
+
+def test_a_run_stopped_after_its_last_checkpoint_still_leaves_its_sae(shards: Path, tmp_path: Path) -> None:
+    def fit(name: str, resume: str | None = None) -> SAETraining:
+        module = topk(tmp_path / name)
+        kept = ModelCheckpoint(tmp_path / "kept", save_last=True, save_top_k=0, enable_version_counter=False)
+        changes = {"enable_checkpointing": True, "callbacks": [kept]}
+        trainer(tmp_path, 2, **changes).fit(module, datamodule=data(shards), ckpt_path=resume)
+        return module
+
+    whole = fit("whole")
+    fit("resumed", resume="last")  # nothing is left to train
+    assert torch.equal(load_sae(tmp_path / "resumed/sae").W_dec, whole.sae.W_dec)
+    assert read_config(tmp_path / "resumed/sae")["training"] == read_config(tmp_path / "whole/sae")["training"]

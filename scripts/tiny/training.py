@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 import lightning as L
@@ -27,7 +28,7 @@ AVERAGED_STEPS = 2000
 """The averaged weights forget what is older than about so many steps."""
 
 
-class Training(L.LightningModule):
+class Training(L.LightningModule, ABC):
     """What the trainings share: the pool of scenes, seeded steps in one graph, AdamW with warm-up and cosine decay, and
     an average of the weights (`average`) that later stages use."""
 
@@ -43,13 +44,13 @@ class Training(L.LightningModule):
         self.share = self.last = torch.zeros(())
         self.graphed: GraphedStep
 
+    @abstractmethod
     def inputs(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """This step's batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, *inputs: Tensor) -> Tensor:
         """What to minimise: captured into the graph, so it may not look at a value."""
-        raise NotImplementedError
 
     def training_step(self, *_: Any) -> None:
         optimizer = self.optimizers()

@@ -182,7 +182,7 @@ def _title(feature: Feature) -> tuple[str, str]:
     if not feature.label:
         return "no shared attribute known", f"feature {feature.feature}"
     name, _, value = feature.label.partition("=")
-    share = "" if feature.label_share is None else f" · {name} in {feature.label_share:.0%}"
+    share = "" if feature.label_share is None else f" · {name} {feature.label_share:.0%}"
     return f"feature {feature.feature}{share}", value or name
 
 

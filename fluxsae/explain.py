@@ -1,4 +1,4 @@
-"""One sentence for what is wrong with a command or a config file, from jsonargparse's nested reports."""
+"""One sentence for what is wrong with a command or a config file: one that is not there, or jsonargparse's report."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
+
+import yaml
 
 
 class Complaint(NamedTuple):
@@ -20,6 +23,16 @@ class Complaint(NamedTuple):
     class_path: str | None
     since_class: tuple[str, ...]
     text: str
+
+
+def read_yaml(path: Path) -> Any:
+    """What a config file holds. FileNotFoundError when it is missing, ValueError when it is no YAML."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no config file {path}: name one, such as configs/tiny/study.yaml.")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
 
 
 def explain(report: str, known: Mapping[str, Iterable[str]]) -> str:

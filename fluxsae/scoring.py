@@ -53,7 +53,6 @@ class SAEScoring(LightningModule):
         super().__init__()
         self.sae = load_sae(sae)
         self.path = sae
-        self.example_input_array = None
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T F"]:
         return self.sae.encode(tokens)

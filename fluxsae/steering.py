@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor
 
@@ -212,15 +212,6 @@ def read_mask(path: Path, grid: Grid) -> Float[Tensor, "R C"]:
     with Image.open(path) as picture:
         small = picture.convert("L").resize((grid.columns, grid.rows), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, dtype=np.float32) / 255.0)
-
-
-def gather_objects(trainer: Trainer, items: list[Any]) -> list[Any]:
-    """The items of every process, in order of rank, in each of them."""
-    if trainer.world_size == 1:
-        return items
-    parts: list[list[Any]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
 
 
 def _load(path: Path, shards: Path | None) -> SAE:

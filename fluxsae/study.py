@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 from uuid import uuid4
 
-import yaml
-
-from fluxsae.explain import unknown_key
+from fluxsae.explain import read_yaml, unknown_key
 from fluxsae.storage import hash_json, read_json, write_json
 
 Command = Literal["fit", "validate", "predict", "test", "figures"]
@@ -80,7 +78,7 @@ class Step(NamedTuple):
 
 def read_study(path: Path) -> Study:
     """The study that a YAML file describes. FileNotFoundError and ValueError, in a sentence, when it describes none."""
-    values = _read_yaml(path)
+    values = _read_mapping(path)
     _check_keys(values, ("folder", "stages"), path, required=("folder", "stages"))
     stages = []
     for entry in values["stages"]:
@@ -117,7 +115,7 @@ def run_study(config: Path, force: Collection[str] = (), until: str | None = Non
                 + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(study.names)}.")
             )
     for stage in study.stages:  # a wrong path in the last stage should not cost the time of the first
-        _read_yaml(stage.config)
+        _read_mapping(stage.config)
     started = time.monotonic()
     stages = study.stages[: study.names.index(until) + 1] if until else study.stages
     n_run = 0
@@ -153,7 +151,7 @@ def stage_key(stage: Stage, upstream: list[str], folder: Path) -> str:
 
     Inputs are the config's values that name a file or a model folder outside of the study's own folder.
     """
-    config = _read_yaml(stage.config)
+    config = _read_mapping(stage.config)
     inputs = {str(path): content_hash(path) for path in sorted(set(_inputs(config, folder)))}
     return hash_json({"command": stage.command, "config": config, "inputs": inputs, "upstream": upstream})
 
@@ -245,13 +243,8 @@ def _record(folder: Path, stage: str, values: dict[str, Any]) -> None:
         write_json(folder / RECORD, {**_recorded(folder), stage: values})
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config file {path}: name one, such as configs/tiny/study.yaml.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
+def _read_mapping(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no keys; expected a YAML mapping.")
     return values

@@ -12,11 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from fluxsae.explain import explain, is_report, unknown_key
+from fluxsae.explain import explain, is_report, read_yaml, unknown_key
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.spec import differences
@@ -156,12 +155,7 @@ def _check_top_level(verb: str, arguments: Sequence[str]) -> None:
     files = [value for flag, value in pairwise(arguments) if flag in ("-c", "--config")]
     files += [value.removeprefix("--config=") for value in arguments if value.startswith("--config=")]
     for path in map(Path, files):
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no config file {path}: name one, such as configs/tiny/study.yaml.")
-        try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
+        values = read_yaml(path)
         for key in values if isinstance(values, dict) else ():
             if key not in known:
                 raise ValueError(unknown_key(str(key), known, str(path)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
@@ -14,3 +16,12 @@ def gather(trainer: Trainer, tensor: Tensor) -> Tensor:
     gathered = trainer.strategy.all_gather(tensor.contiguous())
     assert isinstance(gathered, torch.Tensor)
     return gathered
+
+
+def gather_objects(trainer: Trainer, items: list[Any]) -> list[Any]:
+    """The items of every process, in order of rank, in each of them."""
+    if trainer.world_size == 1:
+        return items
+    parts: list[list[Any]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(parts, items)
+    return [item for part in parts for item in part]

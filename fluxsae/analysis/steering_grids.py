@@ -9,7 +9,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxsae.steering import FluxSteering, Steered, Variant, gather_objects
+from fluxsae.analysis.gather import gather_objects
+from fluxsae.steering import FluxSteering, Steered, Variant
 from fluxsae.storage import whole_file, write_csv
 
 GAP, TITLE, MARGIN = 6, 30, 38

@@ -10,19 +10,20 @@ import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from open_clip.model import CLIP
 from safetensors.torch import save_file
+from transformers import CLIPTokenizer
 
 from scripts.tiny.models import build_scheduler, clip_config
 from scripts.tiny.text import clip_tokenizer, t5_tokenizer
 from scripts.tiny.training import TextToVelocity
 
 
-def export_flux(vae: AutoencoderKL, model: TextToVelocity, folder: Path) -> None:
-    """A folder that `FluxPipeline.from_pretrained` loads."""
+def export_flux(vae: AutoencoderKL, model: TextToVelocity, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """A folder that `FluxPipeline.from_pretrained` loads; `tokenizer` is CLIP's."""
     pipeline = FluxPipeline(
         scheduler=build_scheduler(),
         vae=copy.deepcopy(vae),
         text_encoder=model.clip_text,
-        tokenizer=clip_tokenizer(),
+        tokenizer=tokenizer,
         text_encoder_2=model.t5,
         tokenizer_2=t5_tokenizer(),
         transformer=model.transformer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from einops import rearrange
 from open_clip.model import CLIP
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 from scripts.tiny.scenes import SIDE
 from scripts.tiny.text import TEXT_LENGTH, clip_tokenizer, t5_tokenizer
@@ -36,12 +37,12 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """3 dual-stream and 6 single-stream blocks of width 192; modulations and the output start at zero, so that every
+    """2 dual-stream and 4 single-stream blocks of width 192; modulations and the output start at zero, so that every
     block starts as the identity (adaLN-Zero, Peebles & Xie 2023)."""
     model = FluxTransformer2DModel(
         in_channels=64,
-        num_layers=3,
-        num_single_layers=6,
+        num_layers=2,
+        num_single_layers=4,
         attention_head_dim=32,
         num_attention_heads=WIDTH // 32,
         joint_attention_dim=WIDTH,
@@ -76,22 +77,48 @@ def build_t5() -> T5EncoderModel:
     )
 
 
-def build_clip_text() -> CLIPTextModel:
-    tokenizer = clip_tokenizer()
-    return CLIPTextModel(
+def clip_text_of(clip: CLIP, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The text tower of an open_clip model as transformers' module. Its pooled output is the embedding before the
+    projection into the space that text and image share, as FLUX takes it."""
+    width, layers = POOLED, len(clip.transformer.resblocks)
+    model = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=POOLED,
-            intermediate_size=4 * POOLED,
-            num_hidden_layers=2,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=TEXT_LENGTH,
-            projection_dim=POOLED,
+            projection_dim=width,
+            hidden_act="gelu",
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    theirs = clip.state_dict()
+    weights = {
+        "embeddings.token_embedding.weight": theirs["token_embedding.weight"],
+        "embeddings.position_embedding.weight": theirs["positional_embedding"],
+        "final_layer_norm.weight": theirs["ln_final.weight"],
+        "final_layer_norm.bias": theirs["ln_final.bias"],
+    }
+    names = {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "self_attn.out_proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    for layer, kind in product(range(layers), ("weight", "bias")):
+        ours, block = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
+        weights |= {
+            f"{ours}{name}.{kind}": theirs[f"{block}{theirs_name}.{kind}"] for name, theirs_name in names.items()
+        }
+        packed = theirs[f"{block}attn.in_proj_{kind}"].chunk(3)
+        weights |= {f"{ours}self_attn.{q}_proj.{kind}": part for q, part in zip("qkv", packed, strict=True)}
+    model.load_state_dict(weights)
+    return model
 
 
 def build_scheduler() -> FlowMatchEulerDiscreteScheduler:

@@ -132,10 +132,11 @@ def to_tensors(scenes: list[Scene]) -> SceneTensors:
     )
 
 
-def render(scenes: SceneTensors, generator: torch.Generator, side: int = SIDE) -> Rendered:
+def render(scenes: SceneTensors, generator: torch.Generator, side: int = SIDE, jitter: float = 1.0) -> Rendered:
     """Draw the scenes on the generator's device, each object at its place and size with a little jitter of both.
 
-    Jitter: ±3 % of the side in position, ±6 % of the object's size, ±3 levels in 255 of background colour.
+    At `jitter` 1: ±3 % of the side in position and ±6 % of the object's size. Background colours differ by ±3 levels in
+    255 whatever the jitter.
     """
     device = generator.device
     objects, sizes, places, background = (column.to(device) for column in scenes)
@@ -150,8 +151,8 @@ def render(scenes: SceneTensors, generator: torch.Generator, side: int = SIDE) -
     scales = torch.tensor(list(SIZES.values()), device=device)
     masks = []
     for slot in range(2):
-        centre = centres[places[:, slot]] + noise(len(background), 2) * 0.03
-        scale = scales[sizes[:, slot]] * (1 + noise(len(background)) * 0.06)
+        centre = centres[places[:, slot]] + noise(len(background), 2) * 0.03 * jitter
+        scale = scales[sizes[:, slot]] * (1 + noise(len(background)) * 0.06 * jitter)
         layer = _place(objects[:, slot], centre, scale, side)
         layer = layer * (objects[:, slot] >= 0).view(-1, 1, 1, 1)
         alpha = layer[:, 3:]

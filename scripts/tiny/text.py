@@ -6,6 +6,7 @@ import re
 import string
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer, T5Tokenizer
@@ -30,8 +31,11 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's form, its merges learned from the words of the world."""
+def clip_tokenizer(folder: Path | None = None) -> CLIPTokenizer:
+    """The tokenizer saved in `folder`, or else a byte-level BPE tokenizer in CLIP's form, its merges learned from the
+    words of the world."""
+    if folder is not None:
+        return CLIPTokenizer.from_pretrained(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = learn_merges(WORDS)
     pieces = alphabet + [f"{byte}</w>" for byte in alphabet] + [left + right for left, right in merges]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -13,10 +14,12 @@ from lightning.pytorch import Trainer
 
 import fluxsae
 from fluxsae.analysis.clip import load_clip
-from scripts.tiny import data
+from scripts.tiny import data, training
 from scripts.tiny.data import Pool, build_pool, tokenise
 from scripts.tiny.export import export_clip, export_flux
-from scripts.tiny.models import build_clip, build_vae
+from scripts.tiny.models import build_clip, build_vae, clip_text_of
+from scripts.tiny.scenes import OBJECT_NAMES, render
+from scripts.tiny.text import clip_tokenizer
 from scripts.tiny.training import (
     CLIPTraining,
     FluxTraining,
@@ -27,6 +30,12 @@ from scripts.tiny.training import (
     encode_pool,
     measure_latents,
 )
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes a minute, and changes nothing but the time of a step."""
+    monkeypatch.setattr(training, "compile_blocks", lambda model: None)
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +60,29 @@ def clip(pool: Pool) -> CLIPTraining:
 
 
 def flux(pool: Pool) -> FluxTraining:
-    options = {"pool": pool, "n_steps": 4, "batch_size": 8, "lr": 1e-3, "seed": 1}
-    return FluxTraining(empty=tokenise([""]), vae=autoencoder(pool), **options)
+    return FluxTraining(text_to_velocity(), **flux_options(pool))
 
 
 def distillation(pool: Pool) -> GuidanceDistillation:
-    options = {"pool": pool, "n_steps": 4, "batch_size": 8, "lr": 1e-3, "seed": 1}
+    return GuidanceDistillation(text_to_velocity(), **flux_options(pool))
+
+
+def text_to_velocity() -> TextToVelocity:
     torch.manual_seed(7)
-    return GuidanceDistillation(TextToVelocity(), empty=tokenise([""]), vae=autoencoder(pool), **options)
+    return TextToVelocity(clip_text_of(build_clip(), clip_tokenizer()))
+
+
+def flux_options(pool: Pool) -> dict[str, Any]:
+    encoded = encode_pool(autoencoder(pool), pool, seed=1)
+    return {
+        "encoded": encoded,
+        "empty": tokenise([""]),
+        "pool": pool,
+        "n_steps": 4,
+        "batch_size": 8,
+        "lr": 1e-3,
+        "seed": 1,
+    }
 
 
 def trainer(folder: Path, n_steps: int) -> Trainer:
@@ -109,13 +133,33 @@ def test_a_pool_is_the_same_however_it_is_built(pool: Pool, monkeypatch: pytest.
 
 
 def test_measured_latents_have_mean_0_and_variance_1(pool: Pool) -> None:
-    latents = encode_pool(autoencoder(pool), pool, seed=1)
+    latents = encode_pool(autoencoder(pool), pool, seed=1).tokens.float()
     assert latents.shape == (16, 64, 64)
     assert latents.mean().item() == pytest.approx(0, abs=1e-3) and latents.std().item() == pytest.approx(1, abs=1e-3)
 
 
+def test_tokens_are_labelled_by_what_they_show(pool: Pool) -> None:
+    encoded = encode_pool(autoencoder(pool), pool, seed=1, batch_size=16)
+    masks = render(pool.scenes, torch.Generator().manual_seed(1)).masks
+    for scene, (labels, coverage) in enumerate(zip(encoded.labels, encoded.coverage, strict=True)):
+        objects = {index for index in pool.scenes.objects[scene].tolist() if index >= 0}
+        assert set(labels.tolist()) == objects | {len(OBJECT_NAMES) + pool.scenes.background[scene].item()}
+        assert coverage.float().max() <= 1 and labels[coverage > 0.31].lt(len(OBJECT_NAMES)).all()
+        assert coverage.float().sum() == pytest.approx(masks[scene].sum().item() / 256, rel=0.05)
+
+
+def test_clips_text_tower_is_the_same_in_transformers_form() -> None:
+    clip = build_clip().eval()
+    for p in clip.parameters():
+        p.data += 0.02 * torch.randn_like(p)  # so that no bias is left at zero
+    ids = tokenise(["a small fox on the left", "an orange, pink backdrop", ""])[1]
+    with torch.no_grad():
+        pooled = clip_text_of(clip, clip_tokenizer()).eval()(ids).pooler_output
+        torch.testing.assert_close(pooled @ clip.text_projection, clip.encode_text(ids), rtol=1e-4, atol=1e-4)
+
+
 def test_exported_flux_loads_and_draws(pool: Pool, tmp_path: Path) -> None:
-    export_flux(autoencoder(pool), TextToVelocity(), tmp_path)
+    export_flux(autoencoder(pool), text_to_velocity(), clip_tokenizer(), tmp_path)
     pipe = fluxsae.load_pipeline(tmp_path)
     image = pipe("a small fox, blue background", num_inference_steps=1, max_sequence_length=32).images[0]
     assert image.size == (128, 128)

@@ -20,6 +20,7 @@ from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
+from fluxsae.claims import OneRunOnly
 from fluxsae.flux.embeddings import EmbeddingCache
 from fluxsae.flux.generate import generate, time_shift
 from fluxsae.flux.load import FluxPipeline, load_frame, load_pipeline, transformer_skeleton, weights_identity
@@ -132,7 +133,7 @@ class FluxCapture(LightningModule):
         self._started = math.nan
 
     def configure_callbacks(self) -> list[Callback]:
-        return [AbandonParts()]
+        return [OneRunOnly(self.folder), AbandonParts()]
 
     def setup(self, stage: str) -> None:
         """Everything that can be refused before weights are loaded: sites, and a folder that holds something else."""

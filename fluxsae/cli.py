@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
+import shlex
+import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:
-        print("fluxsae: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return _interrupted("interrupted", arguments, signal.SIGINT)
     except Exception as error:
         if not _is_users(error):
             raise
@@ -56,14 +59,13 @@ def run_stage(verb: str, arguments: Sequence[str]) -> None:
 def _run(arguments: list[str]) -> int:
     verb = arguments[0] if arguments else ""
     if verb in VERBS:
-        run_stage(verb, arguments[1:])
-        return 0
+        return _run_interruptible(partial(run_stage, verb, arguments[1:]), arguments)
     options = _parser().parse_args(arguments or ["--help"])
     if options.command == "study":
         from fluxsae.study import run_study
 
-        run_study(options.config, force=options.force or (), until=options.until)
-        return 0
+        run = partial(run_study, options.config, force=options.force or (), until=options.until)
+        return _run_interruptible(run, arguments)
     if options.command == "figures":
         from fluxsae.study_figures import draw_figures
 
@@ -71,6 +73,26 @@ def _run(arguments: list[str]) -> int:
             print(path)
         return 0
     return _verify(options.folder)
+
+
+def _run_interruptible(run: Callable[[], None], arguments: list[str]) -> int:
+    from fluxsae.interrupts import Interrupted, interruptible
+
+    try:
+        with interruptible():
+            run()
+    except Interrupted as stop:
+        return _interrupted(str(stop), arguments, stop.signum)
+    return 0
+
+
+def _interrupted(what: str, arguments: list[str], signum: int) -> int:
+    """Say how to go on, once for all processes; the exit code that a shell expects."""
+    resume = ["--ckpt_path", "last"] if arguments[:1] == ["fit"] and "--ckpt_path" not in arguments else []
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        command = shlex.join(["fluxsae", *arguments, *resume])
+        print(f"\nfluxsae: {what}; go on with:\n  {command}", file=sys.stderr)
+    return 128 + signum
 
 
 def _verify(folder: Path) -> int:
@@ -90,6 +112,9 @@ def _verify(folder: Path) -> int:
         print(f"{shard_set}: {'whole' if not problems else f'{len(problems)} problems'}")
         for problem in problems:
             print(f"  {problem}")
+        if problems:
+            files = shlex.join(sorted({str(shard_set / problem.file) for problem in problems}))
+            print(f"  To redo just that, remove the damaged files and run the capture again:\n    rm -f {files}")
     return 1 if n_problems else 0
 
 
@@ -141,11 +166,24 @@ def _quieten() -> None:
 
 def _is_users(error: Exception) -> bool:
     """Whether the message, without a traceback, is what the user needs."""
-    known = (ValueError, OSError, argparse.ArgumentError)
+    known = (ValueError, OSError, FloatingPointError, argparse.ArgumentError)
     return isinstance(error, known) or type(error).__name__ in ("MisconfigurationException", "ArgumentError")
 
 
+ROOM = {errno.ENOSPC, errno.EDQUOT}
+REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+GONE = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN}
+
+
 def _sentence(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    about = str(getattr(error, "filename", None) or "the run's folder")
+    if number in ROOM:
+        return f"there is no room left for {about}; free some and run the same command again, which goes on from here."
+    if number in REFUSED:
+        return f"{about} may not be written ({os.strerror(number)}); make it writable, or name another folder."
+    if number in GONE:
+        return f"{about} cannot be reached ({os.strerror(number)}); when the drive is back, run the same command again."
     text = " ".join(str(error).split()) or type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     ours = os.path.dirname(os.path.abspath(__file__))

@@ -73,7 +73,11 @@ class SAEScoring(LightningModule):
         shards = scored_shards(self.trainer)
         keys = [prompt_key(shards.record(image).prompt) for image in batch.images.tolist()]
         prompts = torch.tensor(keys, device=batch.images.device)
-        return ImageScores(batch.images, prompts, score(codes), codes)
+        scores = score(codes)
+        if not bool(torch.isfinite(scores).all()):
+            where = shards.first_not_finite(batch.images.tolist())
+            raise FloatingPointError(f"a score is NaN or infinite. {where or f'The SAE at {self.path} is damaged'}.")
+        return ImageScores(batch.images, prompts, scores, codes)
 
 
 def check_spec(ours: CaptureSpec | None, theirs: CaptureSpec, our_name: str, their_name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -116,6 +117,11 @@ def run_study(config: Path, force: Collection[str] = (), until: str | None = Non
             )
     for stage in study.stages:  # a wrong path in the last stage should not cost the time of the first
         _read_mapping(stage.config)
+    with _claimed(study.folder):
+        _run_stages(study, force, until)
+
+
+def _run_stages(study: Study, force: Collection[str], until: str | None) -> None:
     started = time.monotonic()
     stages = study.stages[: study.names.index(until) + 1] if until else study.stages
     n_run = 0
@@ -135,6 +141,20 @@ def run_study(config: Path, force: Collection[str] = (), until: str | None = Non
 
     for line in report(study.folder):
         _say(line)
+
+
+@contextlib.contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    if not _is_first_process():
+        yield
+        return
+    from fluxsae.claims import Claim  # it needs Lightning, which takes seconds to import
+
+    claim = Claim(folder)
+    try:
+        yield
+    finally:
+        claim.release()
 
 
 def plan(study: Study, force: Collection[str] = ()) -> Iterator[Step]:

@@ -12,13 +12,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fluxsae.explain import explain, is_report, read_yaml, unknown_key
+from fluxsae.interrupts import StopsWhereItCanGoOn
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.spec import differences
+from fluxsae.storage import whole_file
 from fluxsae.training import SAETraining
 
 NOISE = (
@@ -37,6 +41,14 @@ DEFAULTS: dict[str, Any] = {"num_sanity_val_steps": 0, "enable_model_summary": F
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """What a module defines that a verb is for."""
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that appear under their names only when they are whole and on disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        with whole_file(path) as temporary:
+            torch.save(checkpoint, temporary)
 
 
 class TrainerCLI(LightningCLI):
@@ -93,6 +105,13 @@ class TrainerCLI(LightningCLI):
     @classmethod
     def subcommands(cls) -> dict[str, set[str]]:  # type: ignore[override]
         return {cls.verb: LightningCLI.subcommands()[cls.verb]}
+
+    def instantiate_trainer(self, **options: Any) -> Trainer:
+        trainer = super().instantiate_trainer(**options)
+        trainer.callbacks.insert(0, StopsWhereItCanGoOn())  # type: ignore[attr-defined]
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Lightning's own warns when there are arguments on the command line as well, as there always are here."""

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from fluxsae.activations import ActivationData
+from fluxsae.claims import OneRunOnly
 from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.coder import SAE, Pass
 from fluxsae.sae.dead import aux_error, draw_directions, resample
@@ -50,6 +51,7 @@ class SAETraining(LightningModule):
 
     since_fired: Tensor
     tokens_seen: Tensor
+    first_bad_step: Tensor
 
     def __init__(
         self,
@@ -83,11 +85,15 @@ class SAETraining(LightningModule):
         self.check_every = check_every
         self.register_buffer("since_fired", torch.zeros(sae.n_features, dtype=torch.int64))
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
         self.n_steps = float("inf")
         self._dead: Tensor | None = None
         self._evaluation: Evaluation | None = None
         self._metrics: tuple[int, Metrics | None] | None = None
         self._written = False
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [OneRunOnly(self.folder)] if self.trainer.training else []
 
     def setup(self, stage: str) -> None:
         data = self._data
@@ -99,6 +105,7 @@ class SAETraining(LightningModule):
         return self.sae(x)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._raise_if_not_finite()
         checkpoint["capture_spec"] = self.sae.spec.to_dict() if self.sae.spec is not None else None
         checkpoint["dead"] = self._dead  # as counted at the last check: a resumed run must not count sooner
 
@@ -124,6 +131,7 @@ class SAETraining(LightningModule):
         if self.resample_every is not None and step > 0 and step % self.resample_every == 0:
             self._resample(batch)
         if self._dead is None or step % self.check_every == 0:
+            self._raise_if_not_finite()
             self._dead = (self.since_fired > self.dead_after).nonzero().flatten()
         self._dead = self._dead.to(self.device)
 
@@ -144,8 +152,26 @@ class SAETraining(LightningModule):
         return loss / self.sae.d_in
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradient. Where it is not finite, Adam leaves weights and moments as they are; no host is asked."""
         self.sae.remove_parallel_gradient()
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.grad_clip)
+        bad = ~norm.isfinite()
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
+        is_first = bad & (self.first_bad_step < 0)
+        self.first_bad_step.copy_(torch.where(is_first, self.global_step, self.first_bad_step))
+
+    def _raise_if_not_finite(self) -> None:
+        """FloatingPointError naming the first step whose gradient was NaN or infinite, and where that came from."""
+        step = int(self.first_bad_step)
+        if step < 0:
+            return
+        shards = self._data.shard_set if self._data is not None else None
+        where = shards.first_not_finite(range(len(shards))) if shards is not None else None
+        why = where or f"all captured tokens are finite, so the training diverged: lower lr (now {self.lr:g})"
+        raise FloatingPointError(
+            f"the gradient of step {step} was NaN or infinite; weights were left as they were, nothing was saved "
+            f"since. {why[0].upper()}{why[1:]}; then go on from the last checkpoint."
+        )
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
@@ -187,6 +213,7 @@ class SAETraining(LightningModule):
 
     def _write(self) -> None:
         """Write the SAE, with metrics of the weights as they are now."""
+        self._raise_if_not_finite()
         self._written = True
         if self._metrics is None or self._metrics[0] != self.global_step:
             self._metrics = (self.global_step, self._evaluate())

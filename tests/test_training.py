@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from fluxsae.activations import ActivationData
 from fluxsae.sae import L1, SAE, TopK, load_sae
 from fluxsae.sae.checkpoint import read_config
+from fluxsae.shards.read import ShardSet
 from fluxsae.storage import read_csv
 from fluxsae.training import SAETraining
 from tests.synthetic import dictionary, token_shards
@@ -213,3 +214,50 @@ def test_a_run_stopped_after_its_last_checkpoint_still_leaves_its_sae(shards: Pa
     fit("resumed", resume="last")  # nothing is left to train
     assert torch.equal(load_sae(tmp_path / "resumed/sae").W_dec, whole.sae.W_dec)
     assert read_config(tmp_path / "resumed/sae")["training"] == read_config(tmp_path / "whole/sae")["training"]
+
+
+def nan_in(image: int, value: float = float("nan")) -> Any:
+    """`ShardSet.tokens` as it would be if one token of an image had rotted."""
+    whole = ShardSet.tokens
+
+    def tokens(self: ShardSet, i: int) -> torch.Tensor:
+        found = whole(self, i)
+        if i == image:
+            found = found.clone()
+            found[1, 2] = value
+        return found
+
+    return tokens
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_stops_the_run_and_harms_nothing(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    stream = data(shards)
+    image = stream.split.train[20]
+    monkeypatch.setattr(ShardSet, "tokens", nan_in(image, value))
+    module = topk(tmp_path, check_every=7)
+    keep = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, every_n_train_steps=1, save_top_k=0)
+    with pytest.raises(FloatingPointError, match=rf"Image {image} in .*shard-\d+.tar .*delete that file") as told:
+        trainer(tmp_path, 3, callbacks=[keep], enable_checkpointing=True).fit(module, datamodule=stream)
+    step = int(str(told.value).split("gradient of step ")[1].split()[0])
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert step > 0 and last["global_step"] == step  # the steps before it, and no more
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+    assert not (tmp_path / "sae").exists()
+
+
+def test_a_bad_step_is_noticed_without_a_checkpoint_too(shards: Path, tmp_path: Path) -> None:
+    module = topk(tmp_path, check_every=4)
+
+    class Spoil(Callback):
+        def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.global_step == 5:
+                module.sae.W_dec.grad[3, 1] = float("inf")  # type: ignore[index]
+
+    with pytest.raises(
+        FloatingPointError, match=r"step 5 was .*All captured tokens are finite.* lower lr \(now 0.005\)"
+    ):
+        trainer(tmp_path, 3, callbacks=[Spoil()]).fit(module, datamodule=data(shards))
+    assert module.global_step == 8

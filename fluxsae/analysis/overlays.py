@@ -11,13 +11,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
 from fluxsae.analysis.coherence import check_images
 from fluxsae.analysis.gather import gather
+from fluxsae.claims import OneRunOnly
 from fluxsae.features import Feature, Selection
 from fluxsae.scoring import ImageScores, scored_shards
 from fluxsae.shards.read import ShardSet
@@ -99,7 +100,7 @@ class FeatureMaps(NamedTuple):
     maps: Float[np.ndarray, "M R C"]
 
 
-class Overlays(Callback):
+class Overlays(OneRunOnly):
     """Leaves for each selected feature its top images with overlays, and the maps behind them; generates nothing again.
 
     Files are `feature-00017.png` and `feature-00017.npy` [M, R, C]. `overlays.csv` has a row an image: its largest
@@ -130,7 +131,7 @@ class Overlays(Callback):
         if not 0 < clip_percentile <= 100:
             raise ValueError(f"clip_percentile is {clip_percentile}, expected more than 0 and at most 100.")
         _colours(colormap)
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.images = Path(images)
         self.select = select
         self.mode: Mode = mode

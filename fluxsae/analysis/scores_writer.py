@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from fluxsae.analysis.gather import gather
+from fluxsae.claims import OneRunOnly
 from fluxsae.prompts import read_prompts
 from fluxsae.scoring import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY, ImageScores, SAEScoring, all_shards
 from fluxsae.shards.read import ShardSet
 from fluxsae.storage import remove_parts, whole_file, write_csv, write_json
 
 
-class ScoresWriter(Callback):
+class ScoresWriter(OneRunOnly):
     """Leaves `matrix.npy` (S, float32 [I, F]), `images.csv` (its rows) and `scores.json`, which says both are whole.
 
     Several processes write their rows into one file, so `folder` must be one that all of them see.
@@ -29,7 +30,7 @@ class ScoresWriter(Callback):
     """
 
     def __init__(self, folder: Path, prompts: Path | None = None) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.prompts = prompts
         self._matrix: Float[np.ndarray, "I F"] | None = None
         self._n_rows = 0
@@ -73,6 +74,7 @@ class ScoresWriter(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._temporary.__exit__(type(exception), exception, None)
+        super().on_exception(trainer, pl_module, exception)
 
 
 def write_rows(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -21,6 +21,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from fluxsae.analysis.clip import Clip, embed, load_clip
 from fluxsae.analysis.gather import gather_objects
+from fluxsae.claims import OneRunOnly
 from fluxsae.features import read_features
 from fluxsae.shards.read import ShardSet
 from fluxsae.steering import FluxSteering, Steered
@@ -94,7 +95,7 @@ def summarise(rows: Sequence[dict[str, Any]], labels: dict[int, str]) -> list[di
     return summary
 
 
-class SteeringEffects(Callback):
+class SteeringEffects(OneRunOnly):
     """Leaves `effects.csv`, a row an image, and `summary.csv`, the means for feature and random direction side by side.
 
     Args:
@@ -108,7 +109,7 @@ class SteeringEffects(Callback):
     def __init__(
         self, folder: Path, features: Path, images: Path, clip: str = "ViT-B-32/openai", n_images: int = 9
     ) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.features = Path(features)
         self.images = Path(images)
         self.clip = clip

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageDraw, ImageFont
 
 from fluxsae.analysis.gather import gather_objects
+from fluxsae.claims import OneRunOnly
 from fluxsae.steering import FluxSteering, Steered, Variant
 from fluxsae.storage import whole_file, write_csv
 
@@ -40,7 +41,7 @@ def grid(
     return canvas
 
 
-class SteeringGrids(Callback):
+class SteeringGrids(OneRunOnly):
     """Leaves `feature-00017.png` for each steered feature, and `grids.csv`, which says what stands where.
 
     Args:
@@ -49,7 +50,7 @@ class SteeringGrids(Callback):
     """
 
     def __init__(self, folder: Path, max_rows: int = 12) -> None:
-        self.folder = Path(folder)
+        super().__init__(folder)
         self.max_rows = max_rows
         self._batches: list[Steered] = []
 

@@ -11,7 +11,7 @@ import mmap
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -151,6 +151,20 @@ class ShardSet:
         if record.image != image:
             raise self._damaged(shard, member.name, f"it describes image {record.image}")
         return record
+
+    def path_of(self, image: int) -> Path:
+        """The tar that holds an image."""
+        return self.folder / self._entry(bisect_right(self._first, image) - 1).name
+
+    def first_not_finite(self, images: Iterable[int]) -> str | None:
+        """Where the first NaN or infinite value among the tokens of `images` is, in words; None when there is none."""
+        for image in images:
+            if not bool(torch.isfinite(self.tokens(image)).all()):
+                return (
+                    f"image {image} in {self.path_of(image)} (site {self.spec.site}, step {self.spec.step}) holds NaN "
+                    "or infinite values: delete that file and capture again, which makes only what is missing"
+                )
+        return None
 
     def _bytes(self, shard: int, member: Member) -> bytes:
         return self._map(shard)[member.start : member.start + member.size]

@@ -87,15 +87,26 @@ class Host:
             )
             assert self._line(PATIENCE) == "ready"
 
-    def run(self, arguments: list[str], kill_when: Callable[[float], float | None] | None = None) -> Run:
-        """Run a command. `kill_when` is asked, with the seconds since the start, in how many more to kill it."""
+    def run(
+        self,
+        arguments: list[str],
+        kill_when: Callable[[float], float | None] | None = None,
+        signum: signal.Signals = signal.SIGKILL,
+    ) -> Run:
+        """Run a command. `kill_when` is asked, with the seconds since the start, in how many more to kill it.
+
+        After another signal than SIGKILL it ends by itself, and the seconds count from the signal.
+        """
         started = time.monotonic()
         wait, group, reap = self._start(arguments)
         while True:
             seconds = time.monotonic() - started
             left = kill_when(seconds) if kill_when is not None else None
             if (left is not None and left <= 0) or seconds > PATIENCE:
-                os.killpg(group, signal.SIGKILL)
+                os.killpg(group, signum if seconds <= PATIENCE else signal.SIGKILL)
+                if seconds <= PATIENCE and signum != signal.SIGKILL:
+                    kill_when, started = None, time.monotonic()
+                    continue
                 reap()
                 if seconds > PATIENCE:
                     raise TimeoutError(f"{arguments} had not ended after {PATIENCE:.0f} s")
@@ -257,7 +268,7 @@ def result(stage: Stage, folder: Path) -> dict[str, bytes]:
 def unbroken(one: Host, stage: Stage, folder: Path) -> Reference:
     """What the stage leaves when nothing happens to it. ValueError when it fails."""
     folder.mkdir()
-    config, watch = folder.with_suffix(".yaml"), _Moment(folder, None)
+    config, watch = folder.with_suffix(".yaml"), Moment(folder, None)
     config.write_text(yaml.safe_dump(stage.config(folder)))
     run = one.run([stage.verb, "-c", str(config)], watch)
     if run.code != 0 or watch.first is None:
@@ -273,7 +284,7 @@ def run_round(one: Host, stage: Stage, folder: Path, unbroken: Reference, rng: R
     arguments: list[str] = []
     config.write_text(yaml.safe_dump(stage.config(folder)))
     while True:
-        watch = _Moment(folder, rng.uniform(0, seconds) if n_kills < kills else None)
+        watch = Moment(folder, rng.uniform(0, seconds) if n_kills < kills else None)
         run = one.run([stage.verb, "-c", str(config), *arguments], watch)
         if run.code is not None:
             break
@@ -293,7 +304,7 @@ def run_round(one: Host, stage: Stage, folder: Path, unbroken: Reference, rng: R
     return Round(n_kills, f"{other} differ from an unbroken run's" if other else "")
 
 
-class _Moment:
+class Moment:
     """When to kill: so many seconds after the first file of this run lies in the folder."""
 
     def __init__(self, folder: Path, delay: float | None) -> None:

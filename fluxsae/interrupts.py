@@ -1,0 +1,116 @@
+"""Ctrl-C and SIGTERM end a run at once, a training at the end of its step, where it can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class Interrupted(BaseException):
+    """The process was asked to end, by the signal `signum`; what it says tells where."""
+
+    def __init__(self, signum: int, where: str = "") -> None:
+        super().__init__(f"interrupted by {signal.Signals(signum).name}{where}")
+        self.signum = signum
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM raise `Interrupted`. Other threads than the main one get no signals anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, _stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class StopsWhereItCanGoOn(Callback):
+    """Within `interruptible`, makes a Trainer's run end so that it can go on.
+
+    The training of one process first ends its step and saves it beside its other checkpoints, as `last`; a second
+    signal ends it at once. SLURM's signal to save and be queued again acts between steps, too. Every other run raises
+    `Interrupted` where it is, and ends the processes that it started.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._noted: list[int] = []
+        self._trainer: Trainer
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_over(trainer, self._note if trainer.world_size == 1 else self._stop_all)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take_over(trainer, self._stop_all)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        while self._noted:
+            signum = self._noted.pop(0)
+            if signum in (signal.SIGINT, signal.SIGTERM):
+                raise Interrupted(signum, _save(trainer))
+            self._before[signum](signum, None)
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        for signum in self._noted:
+            if signum in (signal.SIGINT, signal.SIGTERM):
+                raise Interrupted(signum, " while it measured on held-out prompts")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._give_back()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._give_back()
+
+    def _take_over(self, trainer: Trainer, handler: Any) -> None:
+        """Only now, as Lightning has just put handlers of its own in place: they act at once, whatever a step does."""
+        if self._before or signal.getsignal(signal.SIGINT) is not _stop:
+            return
+        self._trainer = trainer
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            if callable(signal.getsignal(signum)):
+                taken = handler if signum != signal.SIGUSR1 else self._note
+                self._before[signum] = signal.signal(signum, taken)
+
+    def _give_back(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before = {}
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if signum in self._noted:
+            self._stop_all(signum, frame)
+        self._noted.append(signum)
+
+    def _stop_all(self, signum: int, _: FrameType | None) -> None:
+        launcher = self._trainer.strategy.launcher
+        if launcher is not None:
+            launcher.kill(signal.SIGTERM)
+        raise Interrupted(signum)
+
+
+def _stop(signum: int, _: FrameType | None) -> None:
+    raise Interrupted(signum)
+
+
+def _save(trainer: Trainer) -> str:
+    """Save the step that has just ended; what to add to the message."""
+    checkpoints = trainer.checkpoint_callback
+    if not isinstance(checkpoints, ModelCheckpoint) or checkpoints.dirpath is None:
+        return f" at step {trainer.global_step}, which no checkpoint was asked for"
+    path = Path(checkpoints.dirpath) / f"{checkpoints.CHECKPOINT_NAME_LAST}.ckpt"
+    trainer.save_checkpoint(path)
+    return f" at step {trainer.global_step}, which {path} holds"

@@ -20,12 +20,12 @@ from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.claims import OneRunOnly
 from fluxsae.flux.embeddings import EmbeddingCache
 from fluxsae.flux.generate import generate, time_shift
 from fluxsae.flux.load import FluxPipeline, load_frame, load_pipeline, transformer_skeleton, weights_identity
 from fluxsae.flux.record import record
 from fluxsae.flux.streams import find_module
+from fluxsae.one_run import OneRunOnly
 from fluxsae.prompts import Prompt, prompts_hash
 from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
 from fluxsae.shards.format import SampleRecord, Storage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shlex
 import socket
@@ -11,8 +12,6 @@ import warnings
 from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
-
-from lightning.pytorch import Callback, LightningModule, Trainer
 
 try:
     import fcntl
@@ -36,9 +35,14 @@ class _Lock:
         folder.mkdir(parents=True, exist_ok=True)
         self._handle = self._acquire(folder / LOCK)
 
+    def check(self) -> None:
+        if self._handle is not None and not _is_at(self._handle, self.folder / LOCK):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.folder))
+
     def release(self) -> None:
         if self._handle is not None:
-            (self.folder / LOCK).unlink(missing_ok=True)  # while it is ours
+            if _is_at(self._handle, self.folder / LOCK):
+                (self.folder / LOCK).unlink(missing_ok=True)  # while it is ours
             os.close(self._handle)
         if self._made:
             with contextlib.suppress(OSError):  # only if nothing was put in
@@ -99,28 +103,10 @@ class Claim:
             lock.release()
 
 
-class OneRunOnly(Callback):
-    """Claims its folder for the time of a Trainer's run; the first process does so for all."""
-
-    _claim: Claim | None = None
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and self._claim is None:
-            self._claim = Claim(self.folder)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
+def check_claims() -> None:
+    """OSError (ESTALE) when a folder that this process has claimed is not at its path any more: its drive went."""
+    for lock in list(Claim._held.values()):
+        lock.check()
 
 
 def _is_at(handle: int, path: Path) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 from uuid import uuid4
 
+from fluxsae.claims import Claim
 from fluxsae.explain import read_yaml, unknown_key
 from fluxsae.storage import hash_json, read_json, write_json
 
@@ -148,8 +149,6 @@ def _claimed(folder: Path) -> Iterator[None]:
     if not _is_first_process():
         yield
         return
-    from fluxsae.claims import Claim  # it needs Lightning, which takes seconds to import
-
     claim = Claim(folder)
     try:
         yield

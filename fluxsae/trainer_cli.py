@@ -22,7 +22,7 @@ from fluxsae.interrupts import StopsWhereItCanGoOn
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.spec import differences
-from fluxsae.storage import whole_file
+from fluxsae.storage import whole_file, write_text
 from fluxsae.training import SAETraining
 
 NOISE = (
@@ -41,6 +41,18 @@ DEFAULTS: dict[str, Any] = {"num_sanity_val_steps": 0, "enable_model_summary": F
 
 STEPS = {"fit": "training_step", "validate": "validation_step", "test": "test_step", "predict": "predict_step"}
 """What a module defines that a verb is for."""
+
+
+class WholeConfig(SaveConfigCallback):
+    """The config of a training beside its logs, once nothing has been found to refuse."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        pass
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # asked by every process: it is broadcast
+        if trainer.is_global_zero and folder is not None:
+            write_text(Path(folder) / self.config_filename, self.parser.dump(self.config, skip_none=False))
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -83,8 +95,7 @@ class TrainerCLI(LightningCLI):
                 subclass_mode_data=True,
                 auto_configure_optimizers=False,
                 seed_everything_default=0,
-                save_config_callback=SaveConfigCallback if verb == "fit" and run else None,
-                save_config_kwargs={"overwrite": True},
+                save_config_callback=WholeConfig if verb == "fit" and run else None,
                 trainer_defaults=DEFAULTS | ({} if verb == "fit" else {"logger": False}),
                 parser_kwargs={"prog": "fluxsae", **strict, verb: {**strict, "usage": _usage(verb)}},
                 args=[verb, *arguments] if run else list(arguments),

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from fluxsae.activations import ActivationData
-from fluxsae.claims import OneRunOnly
+from fluxsae.one_run import OneRunOnly
 from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.coder import SAE, Pass
 from fluxsae.sae.dead import aux_error, draw_directions, resample

@@ -14,7 +14,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from fluxsae.claims import LOCK, Claim, FolderInUseError, OneRunOnly
+from fluxsae.claims import LOCK, Claim, FolderInUseError
+from fluxsae.one_run import OneRunOnly
+from fluxsae.storage import write_text
 
 HOLD = "import sys; from fluxsae.claims import Claim; c = Claim(sys.argv[1]); print('mine', flush=True); input()"
 
@@ -64,3 +66,15 @@ def test_a_trainers_run_claims_its_folder(tmp_path: Path, released: bool) -> Non
     with nullcontext() if released else pytest.raises(ValueError, match="stop"):
         trainer.predict(Module(), [torch.zeros(1)])
     assert not (tmp_path / "out" / LOCK).exists()
+
+
+def test_a_claimed_folder_that_goes_stops_every_write(tmp_path: Path) -> None:
+    claim = Claim(tmp_path / "drive")
+    write_text(tmp_path / "before.txt", "")
+    (tmp_path / "drive").rename(tmp_path / "elsewhere")
+    (tmp_path / "drive").mkdir()
+    with pytest.raises(OSError, match=r"Stale file handle: .*drive"):
+        write_text(tmp_path / "after.txt", "")
+    claim.release()
+    assert not (tmp_path / "after.txt").exists() and (tmp_path / "elsewhere" / LOCK).exists()
+    write_text(tmp_path / "after.txt", "")

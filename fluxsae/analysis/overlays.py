@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fluxsae.analysis.coherence import check_images
 from fluxsae.analysis.gather import gather
-from fluxsae.claims import OneRunOnly
 from fluxsae.features import Feature, Selection
+from fluxsae.one_run import OneRunOnly
 from fluxsae.scoring import ImageScores, scored_shards
 from fluxsae.shards.read import ShardSet
 from fluxsae.spec import Grid, parse_site

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule, Trainer
 
 from fluxsae.analysis.gather import gather
-from fluxsae.claims import OneRunOnly
+from fluxsae.one_run import OneRunOnly
 from fluxsae.prompts import read_prompts
 from fluxsae.scoring import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY, ImageScores, SAEScoring, all_shards
 from fluxsae.shards.read import ShardSet
@@ -45,7 +46,9 @@ class ScoresWriter(OneRunOnly):
             for name in (MATRIX, IMAGES, SUMMARY):
                 remove_parts(self.folder / name)
             path = str(self._temporary.enter_context(whole_file(self.folder / MATRIX)))
-            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
+            matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            reserve(Path(path), matrix.nbytes + matrix.offset)
+            matrix.flush()
         path = trainer.strategy.broadcast(path)
         self._matrix, self._n_rows = np.lib.format.open_memmap(path, mode="r+"), 0
 
@@ -75,6 +78,13 @@ class ScoresWriter(OneRunOnly):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._temporary.__exit__(type(exception), exception, None)
         super().on_exception(trainer, pl_module, exception)
+
+
+def reserve(path: Path, size: int) -> None:
+    """Have the disk keep `size` bytes for a file. Writing to a map of one that it has no room for kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def write_rows(

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageDraw, ImageFont
 
 from fluxsae.analysis.gather import gather_objects
-from fluxsae.claims import OneRunOnly
+from fluxsae.one_run import OneRunOnly
 from fluxsae.steering import FluxSteering, Steered, Variant
 from fluxsae.storage import whole_file, write_csv
 

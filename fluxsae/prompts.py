@@ -97,6 +97,13 @@ def _read_csv(path: Path, text: str) -> Iterator[Row]:
         raise ValueError(f"{path} line {reader.line_num} is not CSV ({error}); correct its quotes.") from error
 
 
+def shown(text: str, at_most: int = 200) -> str:
+    """`text` as terminals and pictures may show it: one line of at most so many characters, in which whatever does not
+    print (controls, escapes, changes of direction) is written as Python writes it."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: at_most + 1])
+    return line if len(line) <= at_most else f"{line[: at_most - 1]}…"
+
+
 _READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".csv": _read_csv}
 
 

@@ -6,7 +6,8 @@ Legend: I images, B images of a batch, T tokens an image, D width, F features.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from fluxsae.activations import ActivationData, TokenBatch
+from fluxsae.explain import unknown_key
 from fluxsae.sae import load_sae
 from fluxsae.shards.read import ShardSet
-from fluxsae.spec import CaptureSpec, differences
+from fluxsae.spec import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
 from fluxsae.storage import read_csv, read_json
 
+MAY_DIFFER = ("site", "step", *(f.name for f in fields(GenerationSpec) if f.name not in ("model", *WHICH_IMAGES)))
 MATRIX, IMAGES, SUMMARY = "matrix.npy", "images.csv", "scores.json"
 IMAGE_COLUMNS = ("image", "prompt_id", "repetition", "seed", "prompt")
 
@@ -47,12 +50,18 @@ class SAEScoring(LightningModule):
 
     Args:
         sae: folder of an SAE, or a seed checkpoint.
+        allow: what may differ between the tokens' capture and that which the SAE was trained on, such as
+            `[step, height, width]`. Other prompts and seeds always may; another width of tokens never.
     """
 
-    def __init__(self, sae: Path) -> None:
+    def __init__(self, sae: Path, allow: list[str] | None = None) -> None:
         super().__init__()
+        unknown = sorted(set(allow or ()) - set(MAY_DIFFER))
+        if unknown:
+            raise ValueError(unknown_key(unknown[0], MAY_DIFFER, "allow", what="field"))
         self.sae = load_sae(sae)
         self.path = sae
+        self.allow = tuple(allow or ())
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T F"]:
         return self.sae.encode(tokens)
@@ -60,7 +69,8 @@ class SAEScoring(LightningModule):
     def on_predict_start(self) -> None:
         """ValueError when the tokens were captured in another way than those that the SAE was trained on."""
         shards = scored_shards(self.trainer)
-        check_spec(self.sae.spec, shards.spec, f"the SAE at {self.path}", f"the shards at {shards.folder}")
+        names = f"the SAE at {self.path}", f"the shards at {shards.folder}"
+        check_spec(self.sae.spec, shards.spec, *names, ignore=(*WHICH_IMAGES, *self.allow))
         if shards.statistics.mean.numel() != self.sae.d_in:
             raise ValueError(
                 f"the shards at {shards.folder} hold tokens of width {shards.statistics.mean.numel()}, "
@@ -80,13 +90,15 @@ class SAEScoring(LightningModule):
         return ImageScores(batch.images, prompts, scores, codes)
 
 
-def check_spec(ours: CaptureSpec | None, theirs: CaptureSpec, our_name: str, their_name: str) -> None:
+def check_spec(
+    ours: CaptureSpec | None, theirs: CaptureSpec, our_name: str, their_name: str, ignore: Collection[str] = ()
+) -> None:
     """ValueError naming each field in which two specs differ; a seed checkpoint's unknown spec agrees with any."""
-    different = differences(ours, theirs) if ours is not None else []
+    different = differences(ours, theirs, ignore) if ours is not None else []
     if different:
         raise ValueError(
-            f"{our_name} and {their_name} do not belong together ({'; '.join(different)}); "
-            "capture with the settings of the one, or fit an SAE on the other."
+            f"{our_name} and {their_name} do not belong together ({'; '.join(different)}); capture with the settings "
+            "of the one, fit an SAE on the other, or name what may differ under `allow`."
         )
 
 

@@ -6,6 +6,7 @@ A spec is written once, at capture, travels with shards, SAE and scores, and is 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -151,15 +152,20 @@ def check_step(step: int, n_steps: int) -> None:
         )
 
 
-def differences(ours: CaptureSpec | GenerationSpec, theirs: CaptureSpec | GenerationSpec) -> list[str]:
-    """Every field in which two specs differ, as `name: ours != theirs`; empty when they agree.
+WHICH_IMAGES = ("prompts_hash", "repetitions", "base_seed")
+"""The fields of a spec that say which images were generated, not how."""
+
+
+def differences(
+    ours: CaptureSpec | GenerationSpec, theirs: CaptureSpec | GenerationSpec, ignore: Collection[str] = ()
+) -> list[str]:
+    """Every field in which two specs differ, as `name: ours != theirs`, but those to `ignore`; empty when they agree.
 
     `model`, a folder or hub name, is left out: `model_hash` says whether the weights are the same.
     """
     a, b = _flat(ours.to_dict()), _flat(theirs.to_dict())
-    return [
-        f"{key}: {a.get(key)!r} != {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)
-    ]
+    other = (key for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key) and key not in ignore)
+    return [f"{key}: {a.get(key)!r} != {b.get(key)!r}" for key in other]
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from fluxsae.features import Feature, read_features
+from fluxsae.prompts import shown
 from fluxsae.spec import CaptureSpec
 from fluxsae.storage import read_csv, read_json
 
@@ -85,7 +86,8 @@ def _features(table: list[Feature]) -> Iterator[str]:
     heads = f"{'coherence':>10}{'random sets':>13}{'active on':>11}"
     yield f"  {'most coherent':<15}{'shared by its top images':<34}{heads}"
     for row in ranked[:N_TOP]:
-        label = f"{row.label.replace('=', ' ')} ({row.label_share:.0%})" if row.label and row.label_share else "–"
+        name = shown(row.label.replace("=", " ", 1), at_most=26)
+        label = f"{name} ({row.label_share:.0%})" if row.label and row.label_share else "–"
         null = "–" if row.coherence_null is None else f"{row.coherence_null:.3f}"
         active = "–" if row.frequency is None else f"{row.frequency:.1%}"
         yield f"  {'#' + str(row.feature):<15}{label:<34}{row.coherence:>10.3f}{null:>13}{active:>11}"

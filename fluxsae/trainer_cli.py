@@ -21,7 +21,7 @@ from fluxsae.explain import explain, is_report, read_yaml, unknown_key
 from fluxsae.interrupts import StopsWhereItCanGoOn
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
-from fluxsae.spec import differences
+from fluxsae.spec import WHICH_IMAGES, differences
 from fluxsae.storage import whole_file, write_text
 from fluxsae.training import SAETraining
 
@@ -152,7 +152,9 @@ def _load_trained(model: LightningModule, datamodule: Any = None, ckpt_path: Any
         raise ValueError(
             f"{model.folder} holds {_shape(trained)} but the config says {_shape(model.sae)}; fit it first."
         )
-    other = differences(trained.spec, datamodule.spec) if trained.spec is not None and datamodule is not None else []
+    other = []
+    if trained.spec is not None and datamodule is not None:
+        other = differences(trained.spec, datamodule.spec, ignore=WHICH_IMAGES)
     if other:
         raise ValueError(f"{model.folder} was trained on another capture ({'; '.join(other)}); fit it again.")
     model.sae.load_state_dict(trained.state_dict())

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +16,33 @@ from fluxsae.flux.load import load_pipeline
 from tests.random_flux import random_flux
 
 torch.set_num_threads(1)  # test processes run beside each other, on matrices that no thread pool helps
+
+
+LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", b"localhost", socket.gethostname()}
+called: list[str] = []
+"""Every attempt of this process to reach another machine."""
+
+
+def listen(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
+        address = arguments[0] if event == "socket.getaddrinfo" else arguments[1]
+        host = address[0] if isinstance(address, tuple) else address
+        inside = host in LOCAL or (event != "socket.getaddrinfo" and not isinstance(address, tuple))  # a Unix socket
+        if not inside:
+            called.append(f"{event} {address!r}")
+            raise ConnectionRefusedError(f"tests may not reach {address!r}")
+
+
+sys.addaudithook(listen)
+
+
+@pytest.fixture(autouse=True)
+def no_network() -> Iterator[None]:
+    """Nothing that a test runs may try to reach another machine, and hide that it could not."""
+    before = len(called)
+    yield
+    attempts, called[before:] = called[before:], []
+    assert attempts == []
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -149,7 +150,13 @@ def test_a_sound_config_captures(capture: dict[str, Any], tmp_path: Path, capsys
     tar = next(shards.glob("*.tar"))
     tar.write_bytes(tar.read_bytes()[:-700])
     assert main(["verify", str(tmp_path / "capture")]) == 1
-    assert tar.name in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert tar.name in out and "run the capture again" in out
+    remove, path = shlex.split(out.split("capture again:\n")[1])[1:3]
+    assert (remove, path) == ("-f", str(tar))
+    tar.unlink()
+    assert main(["predict", "-c", str(tmp_path / "capture.yaml")]) == 0
+    assert main(["verify", str(tmp_path / "capture")]) == 0
 
 
 def test_the_traceback_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:

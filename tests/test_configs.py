@@ -29,6 +29,8 @@ STUDIES = sorted(path.parent.name for path in CONFIGS.glob("*/study.yaml"))
 STAGES = {path.stem for path in CONFIGS.glob("*/*.yaml")} - {"study", "figures"}
 BLOCKS = {"tiny": (3, 6), "flux-dev": (19, 38)}
 N_FEATURES, WIDTH = 48, 16
+HOSTILE = "=fox {} $x^$ \x1b[2J\u202e\n../../etc/passwd, <b>%s 🦊" + "a" * 10_000
+"""As prompt and as the label of every feature: what terminals, pictures, tables and file names could trip over."""
 
 
 def test_every_config_belongs_to_a_study() -> None:
@@ -66,7 +68,7 @@ def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     n_dual, n_single = BLOCKS[request.param]
     random_flux(folder / "flux", n_dual, n_single, heads=1, head_width=WIDTH, text_length=8, sample_size=32)
     random_clip(folder / "clip")
-    prompts = [{"prompt": f"a fox, number {i}", "object": "fox", "place": ("left", "right")[i % 2]} for i in range(14)]
+    prompts = [{"prompt": HOSTILE.format(i), "object": HOSTILE, "place": ("left", "right")[i % 2]} for i in range(14)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     for path in (CONFIGS / request.param).glob("*.yaml"):
         values = yaml.safe_load(path.read_text())
@@ -154,6 +156,9 @@ def test_the_study_runs_is_skipped_and_goes_on_from_a_change(study: Path, capsys
     assert "7 of 7 stages run" in out
     for expected in ("images", "TopK", "L1", "FVE", "alive", "steering", "Where to look"):
         assert expected in out
+    assert "=fox" in out and not {"\x1b", "\u202e"} & set(out)
+    assert f"object={HOSTILE}" in {row.label for row in read_features(folder / "features.csv")}
+    assert not [path for path in folder.rglob("*") if "passwd" in path.name or "fox" in path.name]
     assert (folder / "figures" / "contact_sheet.png").exists()
     assert len(read_features(folder / "features.csv")) == N_FEATURES
     _check_steering(folder)

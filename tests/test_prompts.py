@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxsae.prompts import Prompt, _read_jsonl, prompts_hash, read_prompts
+from fluxsae.prompts import Prompt, _read_jsonl, prompts_hash, read_prompts, shown
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:
@@ -78,3 +78,19 @@ def test_the_hash_is_of_texts_in_order() -> None:
 def test_any_text_survives_json_lines(text: str) -> None:
     rows = list(_read_jsonl(Path("p.jsonl"), json.dumps({"prompt": text}) + "\n"))
     assert rows == [(1, text, {})]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a fox, 狐狸 🦊", "a fox, 狐狸 🦊"),
+        ("two\nlines\t\r", "two\\nlines\\t\\r"),
+        ("\x1b[2Jgone", "\\x1b[2Jgone"),
+        ("\u202eright to left", "\\u202eright to left"),
+        ("a" * 10_000, "a" * 199 + "…"),
+        ("\x1b" * 300, "\\x1b" * 49 + "\\x1…"),
+        ("", ""),
+    ],
+)
+def test_shown_text_is_one_line_that_prints(text: str, line: str) -> None:
+    assert shown(text) == line and len(line) <= 200

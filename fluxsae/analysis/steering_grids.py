@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fluxsae.analysis.gather import gather_objects
 from fluxsae.one_run import OneRunOnly
+from fluxsae.prompts import shown
 from fluxsae.steering import FluxSteering, Steered, Variant
 from fluxsae.storage import whole_file, write_csv
 
@@ -77,18 +78,18 @@ class SteeringGrids(OneRunOnly):
         rows: list[dict[str, Any]] = []
         for feature in batches[0].features:
             columns = _columns(batches[0].variants, feature)
-            shown = [(steered, i) for steered in batches for i in range(len(steered.requests))][: self.max_rows]
+            rows_shown = [(steered, i) for steered in batches for i in range(len(steered.requests))][: self.max_rows]
             heads = [_head(steered_variant) for steered_variant in (batches[0].variants[v] for v in columns)]
             picture = grid(
-                [[steered.images[v][i] for v in columns] for steered, i in shown],
+                [[steered.images[v][i] for v in columns] for steered, i in rows_shown],
                 heads,
-                [steered.requests[i].prompt for steered, i in shown],
-                f"feature {feature}   {labels.get(feature, '').replace('=', ' ')}".rstrip(),
+                [shown(steered.requests[i].prompt) for steered, i in rows_shown],
+                f"feature {feature}   {shown(labels.get(feature, '').replace('=', ' ', 1))}".rstrip(),
             )
             name = f"feature-{feature:05d}.png"
             with whole_file(self.folder / name) as temporary:
                 picture.save(temporary)
-            for row, (steered, i) in enumerate(shown):
+            for row, (steered, i) in enumerate(rows_shown):
                 request = steered.requests[i]
                 for column, head in enumerate(heads):
                     place = {"picture": name, "feature": feature, "label": labels.get(feature, ""), "row": row}

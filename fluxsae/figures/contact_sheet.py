@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from fluxsae.analysis.overlays import overlay, read_overlays
 from fluxsae.features import Feature, Selection
 from fluxsae.figures.style import BLUE, FAINT, INK, MUTED, ORANGE, font
+from fluxsae.prompts import shown
 from fluxsae.shards.read import ShardSet
 from fluxsae.storage import whole_file, write_csv
 
@@ -181,7 +182,7 @@ def _title(feature: Feature) -> tuple[str, str]:
     """The small line and the large line of a header."""
     if not feature.label:
         return "no shared attribute known", f"feature {feature.feature}"
-    name, _, value = feature.label.partition("=")
+    name, _, value = shown(feature.label).partition("=")
     share = "" if feature.label_share is None else f" · {name} {feature.label_share:.0%}"
     return f"feature {feature.feature}{share}", value or name
 

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
 from fluxsae.features import Feature
+from fluxsae.prompts import shown
 
 
 def order_by_likeness(similarity: Float[np.ndarray, "R R"]) -> list[int]:
@@ -31,7 +32,7 @@ def order_by_likeness(similarity: Float[np.ndarray, "R R"]) -> list[int]:
 def short_name(feature: Feature) -> str:
     """`fox 17` for a labelled feature, `17` for another."""
     value = feature.label.partition("=")[2] or feature.label
-    return f"{value} {feature.feature}".strip()
+    return f"{shown(value, at_most=24)} {feature.feature}".strip()
 
 
 def draw_matrix(

@@ -49,13 +49,18 @@ def make_study(folder: Path) -> Study:
 
 
 def run(
-    study: Study, *callbacks: Callback, images_per_batch: int = 5, only: Selection | None = None, **trainer: object
+    study: Study,
+    *callbacks: Callback,
+    images_per_batch: int = 5,
+    only: Selection | None = None,
+    allow: list[str] | None = None,
+    **trainer: object,
 ) -> None:
     """Score the study with these callbacks."""
     options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, **trainer}
     scorer = Trainer(callbacks=list(callbacks), enable_checkpointing=False, enable_model_summary=False, **options)
     data = ActivationData(study.tokens.folder, images_per_batch=images_per_batch, only=only)
-    scorer.predict(SAEScoring(study.folder / "sae"), data)
+    scorer.predict(SAEScoring(study.folder / "sae", allow), data)
 
 
 def all_scores(study: Study) -> torch.Tensor:

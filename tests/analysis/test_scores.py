@@ -12,6 +12,7 @@ from fluxsae.analysis.scores_writer import ScoresWriter
 from fluxsae.features import Selection, update_features
 from fluxsae.sae import save_sae
 from fluxsae.scoring import Scores, prompt_key
+from fluxsae.shards.read import ShardSet
 from tests.analysis.study import Study, all_scores, make_study, run
 from tests.synthetic import capture_spec
 
@@ -39,7 +40,7 @@ def test_no_scores_where_none_were_finished(study: Study) -> None:
 
     with pytest.raises(KeyError):
         run(study, ScoresWriter(study.folder / "scores"), Fails())
-    assert list((study.folder / "scores").iterdir()) == []
+    assert not (study.folder / "scores").exists()
     with pytest.raises(FileNotFoundError, match="run the scores stage"):
         Scores.open(study.folder / "scores")
 
@@ -51,10 +52,28 @@ def test_another_step_is_refused_with_both_values(study: Study) -> None:
         run(study)
 
 
+def test_what_may_differ_is_named(study: Study) -> None:
+    study.sae.spec = capture_spec(step=1, prompts_hash="2" * 64, base_seed=5)  # other images always may
+    save_sae(study.folder / "sae", study.sae)
+    with pytest.raises(ValueError, match=r"\(step: 1 != 2\).* under `allow`"):
+        run(study)
+    run(study, allow=["step"])
+    with pytest.raises(ValueError, match="unknown field 'stop' of allow: did you mean 'step'"):
+        run(study, allow=["stop"])
+
+
 def test_an_unknown_spec_is_accepted(study: Study) -> None:
     study.sae.spec = None
     save_sae(study.folder / "sae", study.sae)
     run(study)
+
+
+def test_a_score_that_is_no_number_is_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = ShardSet.tokens
+    monkeypatch.setattr(ShardSet, "tokens", lambda self, i: whole(self, i) * (float("nan") if i == 7 else 1))
+    with pytest.raises(FloatingPointError, match=r"image 7 in .*shard-\d+.tar .*site .*, step .*delete that file"):
+        run(study, ScoresWriter(study.folder / "nan"))
+    assert not (study.folder / "nan").exists()
 
 
 def test_some_images_are_not_all(study: Study) -> None:

@@ -228,11 +228,40 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
             },
         }
 
+    def study(folder: Path) -> dict[str, Any]:
+        """Its stages' configs lie beside the folder."""
+        own = str(folder / "capture" / SITE / "step-02")
+        configs = {"capture": capture(folder), "fit": fit(folder), "scores": scores(folder)}
+        configs["fit"]["data"]["init_args"]["shards"] = own
+        configs["scores"]["data"]["init_args"]["shards"] = own
+        configs["scores"]["model"]["init_args"]["sae"] = str(folder / "sae")
+        outputs = {"capture": ["capture"], "fit": ["sae"], "scores": ["scores", "features.csv"]}
+        stages = []
+        for name, verb in (("capture", "predict"), ("fit", "fit"), ("scores", "predict")):
+            path = folder.parent / f"{folder.name}-{name}.yaml"
+            path.write_text(yaml.safe_dump(configs[name]))
+            left = [str(folder / output) for output in outputs[name]]
+            stages.append({"name": name, "command": verb, "config": str(path), "outputs": left})
+        return {"folder": str(folder), "stages": stages}
+
     return {
+        "study": Stage("study", study, _is_result, _look_at_study),
         "capture": Stage("predict", capture, lambda path: True, _look_at_capture),
         "fit": Stage("fit", fit, lambda path: path.parts[0] == "sae", _look_at_fit, ("--ckpt_path", "last")),
         "scores": Stage("predict", scores, lambda path: path.name != "features.csv", _look_at_scores),
     }
+
+
+def _is_result(path: Path) -> bool:
+    """Of a study: what tells no times, and is written once."""
+    return path.parts[0] in ("capture", "sae", "scores")
+
+
+def _look_at_study(folder: Path) -> None:
+    _look_at_capture(folder)
+    _look_at_fit(folder)
+    if (folder / "scores" / "scores.json").exists():
+        Scores.open(folder / "scores")
 
 
 def _look_at_capture(folder: Path) -> None:
@@ -259,9 +288,11 @@ def _look_at_scores(folder: Path) -> None:
 
 
 def result(stage: Stage, folder: Path) -> dict[str, bytes]:
-    """What a stage leaves: every file, hidden ones as well. Of a fit the SAE, as checkpoints tell their own times."""
+    """What a stage leaves: every file, hidden ones as well. Of a fit the SAE, as checkpoints tell their own times; of a
+    study what its stages leave."""
     names = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    mine = {name for name in names if stage.verb != "fit" or stage.named(name)}
+    mine = {name for name in names if stage.verb not in ("fit", "study") or stage.named(name)}
+    mine |= {name for name in names if stage.verb == "study" and name.name == "features.csv"}
     return {str(name): names[name].read_bytes() for name in mine}
 
 
@@ -341,7 +372,7 @@ def rounds(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--stage", choices=["capture", "fit", "scores"], default="capture")
+    parser.add_argument("--stage", choices=["capture", "fit", "scores", "study"], default="capture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cold", action="store_true", help="a new interpreter for every start")
     parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no round begins")

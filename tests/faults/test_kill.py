@@ -28,13 +28,13 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
         yield process
 
 
-@pytest.mark.parametrize("name", ["capture", "fit", "scores"])
+@pytest.mark.parametrize("name", ["capture", "fit", "scores", "study"])
 def test_two_kills(stages: dict[str, Stage], one: Host, tmp_path: Path, name: str) -> None:
     kill(stages[name], one, tmp_path, 2)
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("name", ["capture", "fit", "scores"])
+@pytest.mark.parametrize("name", ["capture", "fit", "scores", "study"])
 def test_many_kills(stages: dict[str, Stage], one: Host, tmp_path: Path, name: str) -> None:
     kill(stages[name], one, tmp_path, 50)
 

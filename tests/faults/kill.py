@@ -92,10 +92,12 @@ class Host:
         arguments: list[str],
         kill_when: Callable[[float], float | None] | None = None,
         signum: signal.Signals = signal.SIGKILL,
+        then: Callable[[], bool] | None = None,
     ) -> Run:
         """Run a command. `kill_when` is asked, with the seconds since the start, in how many more to kill it.
 
-        After another signal than SIGKILL it ends by itself, and the seconds count from the signal.
+        After another signal than SIGKILL it ends by itself, and the seconds count from the signal. Once `then` says so,
+        it gets SIGTERM.
         """
         started = time.monotonic()
         wait, group, reap = self._start(arguments)
@@ -111,6 +113,9 @@ class Host:
                 if seconds > PATIENCE:
                     raise TimeoutError(f"{arguments} had not ended after {PATIENCE:.0f} s")
                 return Run(None, seconds)
+            if then is not None and then():
+                os.killpg(group, signal.SIGTERM)
+                then = None
             code = wait(0.005 if left is None or left > 0.005 else left)
             if code is not None:
                 return Run(code, time.monotonic() - started)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from collections.abc import Iterator
@@ -61,3 +62,29 @@ def test_an_interrupted_command_says_how_to_go_on(
     assert arguments[0] == "fluxsae"
     assert one.run(arguments[1:]).code == 0, one.log.read_text()[-3000:]
     assert result(stage, folder) == reference.files
+
+
+def test_slurms_requeue_signal_saves_between_steps_and_the_job_goes_on(
+    stages: dict[str, Stage], one: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SLURM does it: SIGUSR1 some time before the job's end, then SIGTERM, then the same command in a new job."""
+    reference = unbroken(one, stages["fit"], tmp_path / "unbroken").files
+    programs, folder = tmp_path / "bin", tmp_path / "job"
+    programs.mkdir()
+    folder.mkdir()
+    (programs / "scontrol").write_text(f"#!/bin/sh\necho $* >> {tmp_path / 'requeued'}\n")
+    (programs / "scontrol").chmod(0o755)
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(stages["fit"].config(folder)))
+    job = {"NTASKS": "1", "NTASKS_PER_NODE": "1", "JOB_NAME": "fit", "JOB_ID": "7", "LOCALID": "0", "PROCID": "0"}
+    for name, value in (job | {"NODEID": "0"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    with host(tmp_path) as cluster:
+        began = Moment(folder, 0.2)
+        requeued = tmp_path / "requeued"
+        cluster.run(["fit", "-c", str(config)], began, signal.SIGUSR1, then=lambda: requeued.exists())
+        assert requeued.read_text() == "requeue 7\n", cluster.log.read_text()[-3000:]
+        assert list(folder.glob("hpc_ckpt_*.ckpt"))
+        assert cluster.run(["fit", "-c", str(config)]).code == 0, cluster.log.read_text()[-3000:]
+    assert result(stages["fit"], folder) == reference

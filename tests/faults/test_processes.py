@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fluxsae.capture
 from tests.faults.kill import Stage, make_stages
@@ -56,3 +60,37 @@ def test_a_process_that_dies_ends_the_others(stages: dict[str, Stage], tmp_path:
         assert "the second process ran out of luck" in done.stderr
     assert not list(folder.rglob("metadata.json"))
     assert start("predict", folder, config_for(stages["capture"], folder, 1, 0)).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to_all", [False, True], ids=["SIGTERM to the first", "Ctrl-C to all"])
+def test_a_signal_ends_all_processes(stages: dict[str, Stage], tmp_path: Path, to_all: bool) -> None:
+    """A scheduler tells the first process, a terminal tells all of them."""
+    folder = tmp_path / "capture"
+    config = config_for(stages["capture"], folder, 2, 0)
+    config["data"]["init_args"]["repetitions"] = 5000
+    path = tmp_path / "capture.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "fluxsae", "predict", "-c", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with (tmp_path / "log").open("w") as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    while not list(folder.rglob("shard-*.tar")):
+        assert child.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.1)
+    signum = signal.SIGINT if to_all else signal.SIGTERM
+    (os.killpg if to_all else os.kill)(child.pid, signum)
+    assert child.wait(60) == 128 + signum, (tmp_path / "log").read_text()[-3000:]
+    assert (tmp_path / "log").read_text().count("; go on with:") == 1
+    deadline = time.monotonic() + 30
+    while _group_lives(child.pid):
+        assert time.monotonic() < deadline, "a process was left behind"
+        time.sleep(0.1)
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

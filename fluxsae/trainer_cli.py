@@ -22,7 +22,7 @@ from fluxsae.interrupts import StopsWhereItCanGoOn
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.spec import WHICH_IMAGES, differences
-from fluxsae.storage import whole_file, write_text
+from fluxsae.storage import remove_parts, whole_file, write_text
 from fluxsae.training import SAETraining
 
 NOISE = (
@@ -59,6 +59,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that appear under their names only when they are whole and on disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        remove_parts(path)  # of a run that was killed: they are large
         with whole_file(path) as temporary:
             torch.save(checkpoint, temporary)
 

@@ -27,7 +27,7 @@ from tests.random_flux import random_flux
 CONFIGS = Path(__file__).parent.parent / "configs"
 STUDIES = sorted(path.parent.name for path in CONFIGS.glob("*/study.yaml"))
 STAGES = {path.stem for path in CONFIGS.glob("*/*.yaml")} - {"study", "figures"}
-BLOCKS = {"tiny": (3, 6), "flux-dev": (19, 38)}
+BLOCKS = {"tiny": (2, 4), "flux-dev": (19, 38)}
 N_FEATURES, WIDTH = 48, 16
 HOSTILE = "=fox {} $x^$ \x1b[2J\u202e\n../../etc/passwd, <b>%s 🦊" + "a" * 10_000
 """As prompt and as the label of every feature: what terminals, pictures, tables and file names could trip over."""

@@ -277,7 +277,7 @@ def _look_at_capture(folder: Path) -> None:
 
 
 def _look_at_fit(folder: Path) -> None:
-    for checkpoint in folder.rglob("*.ckpt"):
+    for checkpoint in folder.rglob("[!.]*.ckpt"):
         torch.load(checkpoint, weights_only=True)
     if (folder / "sae" / "config.json").exists():
         load_sae(folder / "sae")

@@ -62,7 +62,7 @@ class ActivationData(LightningDataModule):
     With several processes, each trains on its share of the images and all take the same number of steps.
 
     Args:
-        shards: folder of a set of tokens, for example `runs/tiny/capture/transformer_blocks.1.ff/step-10`.
+        shards: folder of a set of tokens, for example `runs/tiny/capture/transformer_blocks.1.ff/step-03`.
         batch_size: tokens a batch in training, validation and testing.
         images_per_batch: images a batch in prediction.
         val_fraction: share of the prompts to hold out for validation and testing.

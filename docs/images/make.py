@@ -49,7 +49,10 @@ def main() -> None:
     save(Image.open(RUN / "figures/contact_sheet.png"), "contact_sheet.png", 760)
     save(Image.open(RUN / f"overlays/feature-{named.feature:05d}.png"), "overlays.png", 520)
     effects = read_csv(RUN / "steering/summary.csv")
-    moved = max(effects, key=lambda row: abs(float(row["feature_activation_change"])))["feature"]
+    weakest = [row for row in effects if row["strength"] == effects[0]["strength"]]
+    moved = max(weakest, key=lambda row: float(row["feature_clip_change"]) - float(row["random_clip_change"]))[
+        "feature"
+    ]
     save(Image.open(RUN / f"steering/feature-{int(moved):05d}.png"), "steering.png", 860)
     save(scenes(), "scenes.png", 900)
 

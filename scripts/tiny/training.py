@@ -53,7 +53,7 @@ class Training(L.LightningModule, ABC):
 
     def training_step(self, *_: Any) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_000_007 + self.global_step)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):  # bf16 is too coarse to place objects
             inputs = self.inputs(generator)
         loss = self.loss(*inputs)
         self.log("loss", loss, prog_bar=True)

@@ -124,6 +124,19 @@ def test_a_resumed_run_equals_an_unbroken_one(
     torch.testing.assert_close(resumed.state_dict(), unbroken.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("make", [vae, clip])
+def test_scenes_are_drawn_in_full_precision(
+    make: Callable[[Pool], Training], pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, images = make(pool), []
+    monkeypatch.setattr(module, "loss", lambda *inputs: images.append(inputs[0]))
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            module.training_step()
+    assert torch.equal(*images)
+
+
 def test_a_pool_is_the_same_however_it_is_built(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "CHUNK", 8)
     again = build_pool(16, seed=3)

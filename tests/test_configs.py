@@ -195,7 +195,7 @@ def _check_steering(folder: Path) -> None:
     assert moved and all(float(row["ssim_distance"]) > 0 for row in moved)
     assert {row["kind"] for row in rows} == {"feature", "random"}
     select = yaml.safe_load((folder.parent / "steering.yaml").read_text())["model"]["init_args"]["select"]
-    features = {row.feature for row in Selection(**select).rows()}
+    features = {row.feature for row in Selection(**{**select, "table": Path(select["table"])}).rows()}
     assert {int(row["feature"]) for row in rows} == features
     assert {path.name for path in (folder / "steering").glob("*.png")} == {f"feature-{f:05d}.png" for f in features}
 

@@ -50,6 +50,7 @@ class StopsWhereItCanGoOn(Callback):
         self._trainer: Trainer
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._give_back()  # what a check of validation before the training took
         self._take_over(trainer, self._note if trainer.world_size == 1 else self._stop_all)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

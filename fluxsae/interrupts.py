@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+PATIENCE = 5.0
+"""Seconds that a process has to end by itself."""
 
 
 class Interrupted(BaseException):
@@ -72,6 +76,9 @@ class StopsWhereItCanGoOn(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._give_back()
+        if isinstance(exception, Interrupted):
+            for process in getattr(trainer.strategy.launcher, "procs", ()):
+                _end(process)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._give_back()
@@ -105,6 +112,14 @@ class StopsWhereItCanGoOn(Callback):
 
 def _stop(signum: int, _: FrameType | None) -> None:
     raise Interrupted(signum)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """One that waits for another process inside a library hears no signal: kill it after a while."""
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def _save(trainer: Trainer) -> str:

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from fluxsae.flux.load import load_pipeline
     from fluxsae.flux.record import Tape, record
     from fluxsae.prompts import Prompt, read_prompts
+    from fluxsae.sae.batch_topk import BatchTopK
     from fluxsae.sae.checkpoint import load_sae, save_sae
     from fluxsae.sae.coder import L1, SAE, TopK
+    from fluxsae.sae.jumprelu import JumpReLU
     from fluxsae.scoring import ImageScores, SAEScoring, Scores
     from fluxsae.shards.read import ShardSet
     from fluxsae.shards.verify import verify
     from fluxsae.spec import CaptureSpec, GenerationSpec, Site, parse_site, token_grid
     from fluxsae.steering import FluxSteering
+    from fluxsae.sweep import SweepTraining
     from fluxsae.training import SAETraining
 
 __version__ = "0.1.0"
@@ -53,13 +56,16 @@ _HOMES = {
     "fluxsae.flux.load": ("load_pipeline",),
     "fluxsae.flux.record": ("Tape", "record"),
     "fluxsae.prompts": ("Prompt", "read_prompts"),
+    "fluxsae.sae.batch_topk": ("BatchTopK",),
     "fluxsae.sae.checkpoint": ("load_sae", "save_sae"),
     "fluxsae.sae.coder": ("L1", "SAE", "TopK"),
+    "fluxsae.sae.jumprelu": ("JumpReLU",),
     "fluxsae.scoring": ("ImageScores", "SAEScoring", "Scores"),
     "fluxsae.shards.read": ("ShardSet",),
     "fluxsae.shards.verify": ("verify",),
     "fluxsae.spec": ("CaptureSpec", "GenerationSpec", "Site", "parse_site", "token_grid"),
     "fluxsae.steering": ("FluxSteering",),
+    "fluxsae.sweep": ("SweepTraining",),
     "fluxsae.training": ("SAETraining",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -70,6 +76,7 @@ __all__ = [
     "ActivationData",
     "AliveStatistics",
     "Attributes",
+    "BatchTopK",
     "CaptureSpec",
     "Coherence",
     "Feature",
@@ -77,6 +84,7 @@ __all__ = [
     "FluxSteering",
     "GenerationSpec",
     "ImageScores",
+    "JumpReLU",
     "Overlays",
     "Prompt",
     "PromptData",
@@ -89,6 +97,7 @@ __all__ = [
     "Site",
     "SteeringEffects",
     "SteeringGrids",
+    "SweepTraining",
     "Tape",
     "TokenBatch",
     "TopImages",

@@ -1,4 +1,4 @@
-"""Trains an SAE on captured tokens: for TopK as Gao et al. (2024), for L1 as Bricken et al. (2023) do.
+"""Trains an SAE of any kind on captured tokens: for TopK as Gao et al. (2024), for L1 as Bricken et al. (2023) do.
 
 Legend: N tokens, D width, F features.
 """
@@ -6,6 +6,7 @@ Legend: N tokens, D width, F features.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,25 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from fluxsae.activations import ActivationData
 from fluxsae.one_run import OneRunOnly
+from fluxsae.processes import Processes
+from fluxsae.sae.batch_topk import BatchTopK
 from fluxsae.sae.checkpoint import save_sae
-from fluxsae.sae.coder import SAE, Pass
+from fluxsae.sae.coder import L1, SAE, Pass, TopK
 from fluxsae.sae.dead import aux_error, draw_directions, resample
 from fluxsae.sae.evaluation import Evaluation, Metrics, batch_variance_explained
+from fluxsae.sae.fused import FusedStep, Settings, StepAdam, why_not_fused
+from fluxsae.sae.objective import squared_errors, token_weights
+from fluxsae.sae.parallel import average_gradients, gather, shard
+from fluxsae.sae.rows import add_rows, whole
 from fluxsae.spec import CaptureSpec, differences
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 class SAETraining(LightningModule):
@@ -34,19 +42,23 @@ class SAETraining(LightningModule):
     starts at the data's mean. Decoder rows keep unit length. On the device, no step waits for the host.
 
     Args:
-        sae: the autoencoder, such as `TopK` or `L1`.
+        sae: the autoencoder: `TopK`, `BatchTopK`, `L1` or `JumpReLU`.
         folder: where the trained SAE goes.
         lr: peak learning rate; by default 2e-4 / sqrt(F / 2^14), Gao et al.'s scaling law.
         betas: Adam's.
         warmup_steps: steps over which the learning rate rises from 0.
         decay_fraction: share of all steps, at the end, over which it falls to 0.
-        sparsity_warmup_steps: steps over which the SAE's penalty (L1) rises from 0.
+        sparsity_warmup_steps: steps over which the SAE's penalty (L1, JumpReLU) rises from 0.
         aux_k: dead features that explain the residual together; by default half of d_in, and 0 switches AuxK off.
         aux_coef: weight of the auxiliary error.
         dead_after: tokens without firing after which a feature counts as dead.
+        revive: what each step adds to a dead feature's encoder bias, until it fires: so much of √(D / k), the size of a
+            code where k rebuild a token. For kinds with a k; 0 switches it off.
         resample_every: steps between restarts of dead features; never by default.
-        grad_clip: largest gradient norm.
+        clip_tokens: a token's error pulls as one of this many mean lengths at most; 0 switches that off.
         check_every: steps between counts of the dead features (each waits for the device once).
+        fused: make steps by hand-made GPU kernels, by the same formulas: L1 and TopK in bf16-mixed precision on one
+            NVIDIA GPU.
     """
 
     since_fired: Tensor
@@ -65,9 +77,11 @@ class SAETraining(LightningModule):
         aux_k: int | None = None,
         aux_coef: float = 1 / 32,
         dead_after: int = 200_000,
+        revive: float = 0.02,
         resample_every: int | None = None,
-        grad_clip: float = 1.0,
+        clip_tokens: float = 10.0,
         check_every: int = 50,
+        fused: bool = False,
     ) -> None:
         super().__init__()
         self.sae = sae
@@ -80,17 +94,29 @@ class SAETraining(LightningModule):
         self.aux_k = sae.d_in // 2 if aux_k is None else aux_k
         self.aux_coef = aux_coef
         self.dead_after = dead_after
+        self.lift = revive * (sae.d_in / sae.k) ** 0.5 if isinstance(sae, TopK | BatchTopK) else 0.0
         self.resample_every = resample_every
-        self.grad_clip = grad_clip
+        self.clip_tokens = clip_tokens
         self.check_every = check_every
+        self.fused = fused
         self.register_buffer("since_fired", torch.zeros(sae.n_features, dtype=torch.int64))
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
         self.n_steps = float("inf")
         self._dead: Tensor | None = None
+        self._optimizer: StepAdam | None = None
+        self._step: FusedStep | None = None
+        self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._name = ""
+        self._log: Callable[..., None] = self.log
         self._evaluation: Evaluation | None = None
-        self._metrics: tuple[int, Metrics | None] | None = None
+        self._metrics: tuple[int, Metrics] | None = None
         self._written = False
+
+    def join(self, name: str, log: Callable[..., None]) -> None:
+        """Become the member `name` of a sweep, which logs for it: Lightning lets only the module that it runs log."""
+        self._name = name
+        self._log = log
 
     def configure_callbacks(self) -> list[Callback]:
         return [OneRunOnly(self.folder)] if self.trainer.training else []
@@ -100,12 +126,18 @@ class SAETraining(LightningModule):
         if data is not None:
             self.sae.set_statistics(data.statistics, data.spec)
 
+    def configure_model(self) -> None:
+        """Under ModelParallelStrategy, spread the features over the processes."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard(self.sae, self.trainer.strategy.device_mesh)
+
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         """The reconstruction of raw tokens."""
         return self.sae(x)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._raise_if_not_finite()
+        self._settle()
         checkpoint["capture_spec"] = self.sae.spec.to_dict() if self.sae.spec is not None else None
         checkpoint["dead"] = self._dead  # as counted at the last check: a resumed run must not count sooner
 
@@ -125,6 +157,9 @@ class SAETraining(LightningModule):
         # Not while the optimizer is configured: asking makes Lightning open the data, before a resumed run's place in
         # them is restored.
         self.n_steps = float(self.trainer.estimated_stepping_batches)
+        self._step = self._fused_step()
+        assert self._optimizer is not None
+        self._optimizer.fused_step = self._step
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         step = self.global_step
@@ -136,27 +171,52 @@ class SAETraining(LightningModule):
         self._dead = self._dead.to(self.device)
 
     def training_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> Tensor:
-        """The loss, a channel: (‖x - recon‖² + penalty + aux_coef · aux error) / D, averaged over tokens."""
+        if self._step is not None:
+            return self._train_fused(self._step, batch)
         x = self.sae.normalise(batch)
         run = self.sae.run(x)
-        error = x - run.recon
-        mse = error.square().sum(dim=1).mean()
-        loss = mse + self._ramp(self.sparsity_warmup_steps) * run.penalty
+        loss = self._loss(x, run)
+        self._count(run.fired, len(x))
+        self.sae.remember(run, average=lambda value: self._processes.total(value) / self._processes.n)
+        if self._logs_now:
+            mse = (x - run.recon.detach()).square().mean()
+            self._log_step(loss.detach(), mse, batch_variance_explained(x, run), run.l0)
+        return loss
+
+    def _train_fused(self, step: FusedStep, batch: Tensor) -> Tensor:
+        assert self._dead is not None
+        penalty = self.sae.l1 * self._ramp(self.sparsity_warmup_steps) if isinstance(self.sae, L1) else 0.0
+        outcome = step.forward(batch, self._dead, penalty)
+        self._count(outcome.fired > 0, len(batch))
+        if self._logs_now:
+            self._log_step(outcome.loss, outcome.mse, step.variance_explained(), outcome.l0)
+        return outcome.loss
+
+    def backward(self, loss: Tensor, *arguments: Any, **named: Any) -> None:
+        if self._step is None:
+            super().backward(loss, *arguments, **named)
+
+    def _loss(self, x: Tensor, run: Pass) -> Tensor:
+        """(‖x - recon‖² + penalty + aux_coef · aux error) / D, a mean over tokens; errors with `token_weights`."""
+        squared = squared_errors(x, run)
+        weights = token_weights(squared, self.clip_tokens, self._total)
+        loss = (weights * squared).mean() + self._ramp(self.sparsity_warmup_steps) * run.penalty
         assert self._dead is not None
         if self.aux_k > 0 and len(self._dead):
-            loss = loss + self.aux_coef * aux_error(self.sae, x, error, self._dead, self.aux_k)
-        self._count(run.fired, len(x))
-        # Lightning writes at these steps only, so others need not be measured.
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_step(loss.detach() / self.sae.d_in, mse.detach() / self.sae.d_in, x, run)
+            error = (x - run.recon).detach()
+            loss = loss + self.aux_coef * aux_error(self.sae, x, error, self._dead, self.aux_k, weights)
         return loss / self.sae.d_in
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clip the gradient. Where it is not finite, Adam leaves weights and moments as they are; no host is asked."""
-        self.sae.remove_parallel_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), self.grad_clip)
-        bad = ~norm.isfinite()
-        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
+        """Where the gradient is not finite, Adam leaves weights and moments as they are; no host is asked."""
+        if self._step is not None:
+            bad = ~self._step.outcome.loss.isfinite()
+        else:
+            average_gradients(self.sae)
+            self.sae.remove_parallel_gradient()
+            gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
+            bad = ~whole(torch.nn.utils.get_total_norm(gradients)).isfinite()
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
         is_first = bad & (self.first_bad_step < 0)
         self.first_bad_step.copy_(torch.where(is_first, self.global_step, self.first_bad_step))
 
@@ -168,16 +228,48 @@ class SAETraining(LightningModule):
         shards = self._data.shard_set if self._data is not None else None
         where = shards.first_not_finite(range(len(shards))) if shards is not None else None
         why = where or f"all captured tokens are finite, so the training diverged: lower lr (now {self.lr:g})"
+        whose = f"{self._name}: " if self._name else ""
         raise FloatingPointError(
-            f"the gradient of step {step} was NaN or infinite; weights were left as they were, nothing was saved "
-            f"since. {why[0].upper()}{why[1:]}; then go on from the last checkpoint."
+            f"{whose}the gradient of step {step} was NaN or infinite; weights were left as they were, nothing was "
+            f"saved since. {why[0].upper()}{why[1:]}; then go on from the last checkpoint."
         )
+
+    def update(self) -> None:
+        """One step of the optimizer and its schedule, as a Trainer makes it; for a sweep, which must make it itself."""
+        assert self._optimizer is not None and self._schedule is not None
+        self.on_before_optimizer_step(self._optimizer)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._after_step()
+        self._schedule.step()
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
-        self.sae.normalise_rows()  # here rather than at the end of the batch, when a checkpoint may already be written
+        self._after_step()  # here rather than at the end of the batch, when a checkpoint may already be written
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        if self._step is None:
+            self.sae.normalise_rows()
+        if self.lift:
+            add_rows(self.sae.b_enc, self.lift * (self.since_fired > self.dead_after))
+
+    def _settle(self) -> None:
+        """Make weights that a fused step left what they are worth, and tell it of weights that others changed."""
+        if self._step is not None:
+            self._step.settle()
+
+    def _fused_step(self) -> FusedStep | None:
+        """None where steps are autograd's. ValueError where a fused step is asked for and cannot be."""
+        if not self.fused:
+            return None
+        obstacle = why_not_fused(self.sae, self.trainer)
+        if obstacle is not None:
+            raise ValueError(f"fused is true, but {obstacle}; leave fused out, or change that.")
+        return FusedStep(self.sae, Settings(self.betas, 1e-8, self.clip_tokens, self.aux_k, self.aux_coef))
 
     def on_validation_epoch_start(self) -> None:
+        self._settle()
         self._evaluation = Evaluation(self.sae.d_in, self.sae.n_features, self.device)
 
     def validation_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> None:
@@ -185,14 +277,25 @@ class SAETraining(LightningModule):
         self._evaluation.update(self.sae, batch)
 
     def on_validation_epoch_end(self) -> None:
-        assert self._evaluation is not None
-        metrics = self._evaluation.result(self._total)
+        metrics = self.conclude()
         # Not in the progress bar, whose line they would break. They are sums over processes already, the same in each.
         for name in ("fve", "mse", "l0", "dead_fraction"):
-            self.log(f"val/{name}", getattr(metrics, name), sync_dist=True)
+            self._log(self._key("val", name), getattr(metrics, name), sync_dist=True)
+        if self.measured:
+            self._log_histograms(metrics)
+
+    def conclude(self) -> Metrics:
+        """The metrics of the held-out tokens seen since `on_validation_epoch_start`, kept for the summary."""
+        assert self._evaluation is not None
+        metrics = self._evaluation.result(self._total)
         if not self.trainer.sanity_checking:
             self._metrics = (self.global_step, metrics)
-            self._log_histograms(metrics)
+        return metrics
+
+    @property
+    def measured(self) -> bool:
+        """Whether the metrics are of the weights as they are now."""
+        return self._metrics is not None and self._metrics[0] == self.global_step
 
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
@@ -214,17 +317,20 @@ class SAETraining(LightningModule):
     def _write(self) -> None:
         """Write the SAE, with metrics of the weights as they are now."""
         self._raise_if_not_finite()
+        self._settle()
         self._written = True
-        if self._metrics is None or self._metrics[0] != self.global_step:
-            self._metrics = (self.global_step, self._evaluate())
+        if not self.measured and self._data is not None:
+            measure([self], self._data)
+        metrics = self._metrics[1] if self._metrics is not None else None
+        sae = gather(self.sae)
         if self.trainer.is_global_zero:
-            save_sae(self.folder, self.sae, self._summary(self._metrics[1]))
-            _log.info("wrote the SAE to %s%s", self.folder, _told(self._metrics[1]))
+            save_sae(self.folder, sae, self._summary(metrics))
+            _logger.info("wrote the SAE to %s%s", self.folder, _told(metrics))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, betas=self.betas, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_factor(step))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        self._optimizer = StepAdam(self.sae.parameters(), lr=self.lr, betas=self.betas, fused=True)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: self._lr_factor(step))
+        return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
         rise = min(1.0, (step + 1) / max(1, self.warmup_steps))
@@ -236,50 +342,45 @@ class SAETraining(LightningModule):
         return min(1.0, self.global_step / steps) if steps > 0 else 1.0
 
     def _count(self, fired: Tensor, n_tokens: int) -> None:
-        world = self.trainer.world_size
-        if world > 1:
-            fired = self._total(fired.float()) > 0
-        self.since_fired.add_(n_tokens * world).masked_fill_(fired, 0)
-        self.tokens_seen.add_(n_tokens * world)
+        processes = self._processes
+        self.since_fired.add_(n_tokens * processes.n).masked_fill_(processes.anywhere(fired), 0)
+        self.tokens_seen.add_(n_tokens * processes.n)
 
     @torch.no_grad()
     def _resample(self, batch: Tensor) -> None:
         dead = (self.since_fired > self.dead_after).nonzero().flatten()
         if len(dead) == 0:
             return
+        self._settle()
         x = self.sae.normalise(batch)
-        directions = draw_directions(self.sae, x, x - self.sae.run(x).recon, len(dead))
-        directions = self.trainer.strategy.broadcast(directions)  # every process must restart them alike
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, torch.optim.Optimizer)
-        resample(self.sae, optimizer, dead, directions.to(self.device))
+        x, error = (self._processes.gather(rows) for rows in (x, x - self.sae.run(x).recon))
+        # A generator of the step's own: a resumed run, and every process, restarts features at the same tokens.
+        generator = torch.Generator(self.device).manual_seed(self.global_step)
+        assert self._optimizer is not None
+        resample(self.sae, self._optimizer, dead, draw_directions(self.sae, x, error, len(dead), generator))
+        self._settle()
         self.since_fired[dead] = 0
         self._dead = None
-        _log.info("step %d: restarted %d dead features", self.global_step, len(dead))
+        _logger.info("step %d: restarted %d dead features", self.global_step, len(dead))
 
-    def _log_step(self, loss: Tensor, mse: Tensor, x: Tensor, run: Pass) -> None:
-        self.log("train/loss", loss)
-        self.log("train/mse", mse)
-        self.log("train/fve", batch_variance_explained(x, run).float())
-        self.log("train/l0", run.l0)
-        self.log("train/dead_fraction", self._dead_fraction())
-        self.log("train/lr", self.lr * self._lr_factor(self.global_step))
+    @property
+    def _logs_now(self) -> bool:
+        """Whether Lightning writes at this step; others need not be measured."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined,no-any-return]
+
+    def _log_step(self, loss: Tensor, mse: Tensor, fve: Tensor, l0: Tensor) -> None:
+        for name, value in (("loss", loss), ("mse", mse), ("fve", fve.float()), ("l0", l0)):
+            self._log(self._key("train", name), value.clone())  # a fused step writes to the same place again
+        self._log(self._key("train", "dead_fraction"), self._dead_fraction())
+        self._log(self._key("train", "lr"), self.lr * self._lr_factor(self.global_step))
 
     def _log_histograms(self, metrics: Metrics) -> None:
         for logger in self.loggers:
             if isinstance(logger, TensorBoardLogger):
                 board, step = logger.experiment, self.global_step
-                board.add_histogram("val/log10_density", metrics.density.clamp_min(1e-6).log10(), step)
-                board.add_histogram("val/decoder_norm", self.sae.W_dec.norm(dim=1), step)
-                board.add_histogram("val/encoder_norm", self.sae.W_enc.norm(dim=1), step)
-
-    def _evaluate(self) -> Metrics | None:
-        if self._data is None:
-            return None
-        evaluation = Evaluation(self.sae.d_in, self.sae.n_features, self.device)
-        for batch in self._data.val_dataloader():
-            evaluation.update(self.sae, batch.to(self.device))
-        return evaluation.result(self._total)
+                board.add_histogram(self._key("val", "log10_density"), metrics.density.clamp_min(1e-6).log10(), step)
+                board.add_histogram(self._key("val", "decoder_norm"), whole(self.sae.W_dec.norm(dim=1)), step)
+                board.add_histogram(self._key("val", "encoder_norm"), whole(self.sae.W_enc.norm(dim=1)), step)
 
     def _summary(self, metrics: Metrics | None) -> dict[str, Any]:
         """What `config.json` tells of the training; the metrics are of the held-out prompts."""
@@ -294,16 +395,34 @@ class SAETraining(LightningModule):
             summary["held_out"] = {name: value for name, value in metrics._asdict().items() if name != "density"}
         return summary
 
+    def _key(self, part: str, name: str) -> str:
+        return "/".join(filter(None, (part, self._name, name)))
+
     def _dead_fraction(self) -> Tensor:
         return (self.since_fired > self.dead_after).float().mean()
 
     def _total(self, sums: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(sums.clone(), reduce_op="sum")
+        return self._processes.total(sums)
+
+    @property
+    def _processes(self) -> Processes:
+        return Processes.of(self.trainer)
 
     @property
     def _data(self) -> ActivationData | None:
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, ActivationData) else None
+
+
+def measure(trainings: Sequence[SAETraining], data: ActivationData) -> None:
+    """Measure the weights of some trainings as they are now, in one pass over the held-out tokens."""
+    for training in trainings:
+        training.on_validation_epoch_start()
+    for batch in data.val_dataloader():
+        for training in trainings:
+            training.validation_step(batch.to(training.device), 0)
+    for training in trainings:
+        training.conclude()
 
 
 def _told(metrics: Metrics | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fluxsae.sae.batch_topk import BatchTopK
 from fluxsae.sae.coder import L1, SAE, TopK
+from fluxsae.sae.jumprelu import JumpReLU
 from fluxsae.spec import CaptureSpec
 from fluxsae.storage import read_json, remove_parts, whole_file, write_json
 
@@ -18,7 +21,7 @@ VERSION = 1
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
 
-_KINDS: dict[str, type[L1] | type[TopK]] = {"L1": L1, "TopK": TopK}
+_KINDS: dict[str, Callable[..., SAE]] = {kind.__name__: kind for kind in (L1, TopK, BatchTopK, JumpReLU)}
 
 
 def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = None) -> None:

@@ -1,56 +1,80 @@
-"""The autoencoders: codes from tokens, tokens from codes. L1 (Bricken et al. 2023) and TopK (Gao et al. 2024).
+"""What all autoencoders share, L1 (Bricken et al. 2023) and TopK (Gao et al. 2024); other kinds have their own files.
 
 A raw token x is normalised to (x - mean) · scale; codes and weights live in that space, and decoding leads back out.
-Legend: N tokens, D width, F features, K kept.
+Legend: N tokens, D width, F features, K kept, M restarted features.
 """
 
 from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fluxsae.sae import kernels
+from fluxsae.sae.rows import set_rows
 from fluxsae.shards.format import Statistics
 from fluxsae.spec import CaptureSpec
 
 
 class Pass(NamedTuple):
-    """One pass over normalised tokens, with all that training needs of it."""
+    """One pass over normalised tokens, with all that training needs of it.
+
+    `partial` holds what each group of features but the last rebuilds together with those before it (see `SAE`), and
+    `cutoff` the smallest code that a kind kept which chooses over the whole batch.
+    """
 
     recon: Float[Tensor, "N D"]
     penalty: Float[Tensor, ""]
     l0: Float[Tensor, ""]
     fired: Bool[Tensor, "F"]
+    partial: tuple[Float[Tensor, "N D"], ...] = ()
+    cutoff: Float[Tensor, ""] | None = None
 
 
 class SAE(nn.Module, ABC):
     """A sparse autoencoder over tokens of width `d_in`. Subclasses say which pre-activations become codes.
 
-    `W_dec` has one feature direction a row, of unit length after training here; `W_enc` starts as a copy of it.
+    `W_dec` has one feature direction a row, of unit length after training here; `W_enc` starts along it.
     `spec` says what the SAE was trained on and `mean_norm` is E‖x‖ there; both are None where nobody knows.
+
+    A training pass and inference may choose codes differently: `run` trains, everything else is inference, in which
+    the codes of a token depend on that token alone.
 
     Args:
         d_in: width of a token.
         n_features: number of features.
+        groups: for a Matryoshka SAE (Bussmann et al. 2025), sizes of the prefixes of the features that must rebuild
+            a token without the rest, ascending to n_features; by default all features only together.
+        seed: decides the initial weights; by default torch's global generator does.
     """
 
     mean: Tensor
     scale: Tensor
     restart_gain: ClassVar[float] = 0.2
     """Length of a restarted feature's encoder row, in mean lengths of the living ones'."""
+    encoder_gain: ClassVar[float] = 1.0
+    """Length of the encoder's rows at first; the decoder's have length 1."""
 
-    def __init__(self, d_in: int, n_features: int) -> None:
+    def __init__(self, d_in: int, n_features: int, groups: list[int] | None = None, seed: int | None = None) -> None:
         super().__init__()
         if d_in < 1 or n_features < 1:
             raise ValueError(f"an SAE needs d_in and n_features of at least 1, not {d_in} and {n_features}.")
-        directions = normalize(torch.randn(n_features, d_in), dim=1)
-        self.W_enc = nn.Parameter(directions.clone())
+        self.groups = tuple(groups) if groups is not None else (n_features,)
+        if self.groups[-1:] != (n_features,) or any(end <= begin for begin, end in pairwise((0, *self.groups))):
+            raise ValueError(
+                f"groups is {groups}, expected sizes that ascend from at least 1 to n_features = {n_features}."
+            )
+        self.seed = seed
+        generator = torch.Generator().manual_seed(seed) if seed is not None else None
+        directions = normalize(torch.randn(n_features, d_in, generator=generator), dim=1)
+        self.W_enc = nn.Parameter(self.encoder_gain * directions)
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.W_dec = nn.Parameter(directions)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
@@ -72,9 +96,14 @@ class SAE(nn.Module, ABC):
         """The feature directions in raw activation space, of unit length."""
         return normalize(self.W_dec.detach(), dim=1)
 
-    @abstractmethod
-    def options(self) -> dict[str, int | float]:
+    @property
+    def per_feature(self) -> list[nn.Parameter]:
+        """The parameters with a row, or a number, a feature."""
+        return [self.W_enc, self.b_enc, self.W_dec]
+
+    def options(self) -> dict[str, Any]:
         """The constructor's arguments beside `d_in` and `n_features`."""
+        return {"groups": list(self.groups) if len(self.groups) > 1 else None, "seed": self.seed}
 
     @abstractmethod
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
@@ -105,18 +134,45 @@ class SAE(nn.Module, ABC):
 
     def run(self, x: Float[Tensor, "N D"]) -> Pass:
         """One training pass over normalised tokens."""
-        codes = self.activate(self.project(x))
+        pre = self.project(x)
+        return self.complete(pre, self.activate(pre))
+
+    def complete(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Pass:
+        """The rest of a training pass whose codes have been chosen."""
+        *partial, recon = self.reconstructions(codes)
         active = codes.detach() > 0
         return Pass(
-            recon=codes @ self.W_dec + self.b_dec,
-            penalty=self.penalty(codes),
+            recon=recon,
+            penalty=self.penalty(pre_acts, codes),
             l0=active.sum(dim=1, dtype=torch.float32).mean(),
             fired=active.any(dim=0),
+            partial=tuple(partial),
         )
 
-    def penalty(self, codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
-        """What the objective adds to the reconstruction error for dense codes; nothing where `activate` is sparse."""
+    def reconstructions(self, codes: Float[Tensor, "N F"]) -> list[Float[Tensor, "N D"]]:
+        """Normalised tokens by features of the first group, the first two, …, all; together one decoding's work."""
+        recons: list[Tensor] = []
+        for begin, end in pairwise((0, *self.groups)):
+            before = recons[-1] if recons else self.b_dec
+            recons.append(torch.addmm(before, codes[:, begin:end], self.W_dec[begin:end]))
+        return recons
+
+    def penalty(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
+        """What the objective adds to the reconstruction error; nothing where the choice of codes makes them sparse."""
         return codes.new_zeros(())
+
+    def explain(self, x: Float[Tensor, "N D"], features: Int[Tensor, "M"], k: int) -> Float[Tensor, "N D"]:
+        """What the `k` strongest of some features add to a reconstruction. Gradients reach these features only."""
+        pre = (x - self.b_dec.detach()) @ self.W_enc[features].T + self.b_enc[features]
+        indices = kernels.largest(pre.detach(), k)
+        return kernels.decode(pre.gather(1, indices).relu(), indices, self.W_dec[features])
+
+    def of_all(self, numbers: Shaped[Tensor, "H *shape"]) -> Shaped[Tensor, "F *shape"]:
+        """Numbers of all features from those of the features that codes are of: the same, unless they are spread."""
+        return numbers
+
+    def remember(self, run: Pass, average: Callable[[Tensor], Tensor]) -> None:
+        """Take from a training pass what inference will need; `average` is the mean over processes."""
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
@@ -130,6 +186,13 @@ class SAE(nn.Module, ABC):
     def normalise_rows(self) -> None:
         """Bring the decoder's rows back to unit length."""
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(torch.finfo(self.W_dec.dtype).tiny))
+
+    @torch.no_grad()
+    def restart(self, features: Int[Tensor, "M"], directions: Float[Tensor, "M D"], length: Float[Tensor, ""]) -> None:
+        """Start features anew along unit `directions`, with encoder rows of this length."""
+        set_rows(self.W_dec, features, directions)
+        set_rows(self.W_enc, features, length * directions)
+        set_rows(self.b_enc, features, 0.0)
 
     def set_statistics(self, numbers: Statistics, spec: CaptureSpec | None) -> None:
         """Normalise as these statistics of the data say from now on, and remember where the data came from."""
@@ -165,19 +228,23 @@ class L1(SAE):
         d_in: width of a token.
         n_features: number of features.
         l1: weight of the penalty, beside a squared error summed over channels of normalised tokens.
+        groups: prefixes of a Matryoshka SAE, see `SAE`.
+        seed: decides the initial weights, see `SAE`.
     """
 
-    def __init__(self, d_in: int, n_features: int, l1: float = 1.0) -> None:
-        super().__init__(d_in, n_features)
+    def __init__(
+        self, d_in: int, n_features: int, l1: float = 1.0, groups: list[int] | None = None, seed: int | None = None
+    ) -> None:
+        super().__init__(d_in, n_features, groups, seed)
         self.l1 = l1
 
-    def options(self) -> dict[str, int | float]:
-        return {"l1": self.l1}
+    def options(self) -> dict[str, Any]:
+        return {"l1": self.l1, **super().options()}
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         return pre_acts.relu()
 
-    def penalty(self, codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
+    def penalty(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
         # Decoder rows have unit length, so the sum of codes cannot be made small by making the rows long.
         return self.l1 * codes.sum(dim=1).mean()
 
@@ -189,18 +256,23 @@ class TopK(SAE):
         d_in: width of a token.
         n_features: number of features.
         k: features kept a token.
+        groups: prefixes of a Matryoshka SAE, see `SAE`.
+        seed: decides the initial weights, see `SAE`.
     """
 
     restart_gain: ClassVar[float] = 1.0  # a shorter row would never be among the k largest
+    encoder_gain: ClassVar[float] = (
+        0.1  # the choice is the same, and codes that start small end better: see docs/log.md
+    )
 
-    def __init__(self, d_in: int, n_features: int, k: int) -> None:
-        super().__init__(d_in, n_features)
-        if not 1 <= k <= n_features:
-            raise ValueError(f"k is {k}, expected 1 to n_features = {n_features}.")
-        self.k = k
+    def __init__(
+        self, d_in: int, n_features: int, k: int, groups: list[int] | None = None, seed: int | None = None
+    ) -> None:
+        super().__init__(d_in, n_features, groups, seed)
+        self.k = checked_k(k, n_features)
 
-    def options(self) -> dict[str, int | float]:
-        return {"k": self.k}
+    def options(self) -> dict[str, Any]:
+        return {"k": self.k, **super().options()}
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         flat = pre_acts.reshape(-1, self.n_features)
@@ -209,6 +281,8 @@ class TopK(SAE):
         return codes.view_as(pre_acts)
 
     def run(self, x: Float[Tensor, "N D"]) -> Pass:
+        if len(self.groups) > 1:
+            return super().run(x)  # a product a group: dense codes split by columns, sparse ones do not
         pre = self.project(x)
         indices = kernels.largest(pre.detach(), self.k)
         values = pre.gather(1, indices).relu()
@@ -220,3 +294,10 @@ class TopK(SAE):
             l0=active.sum(dim=1, dtype=torch.float32).mean(),
             fired=fired > 0,
         )
+
+
+def checked_k(k: int, n_features: int) -> int:
+    """k itself. ValueError when so many features cannot be kept."""
+    if not 1 <= k <= n_features:
+        raise ValueError(f"k is {k}, expected 1 to n_features = {n_features}.")
+    return k

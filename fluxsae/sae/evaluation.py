@@ -45,9 +45,8 @@ class Evaluation:
         """Add raw tokens. Nothing waits for the device."""
         x = sae.normalise(tokens)
         codes = sae.activate(sae.project(x))
-        recon = codes @ sae.W_dec + sae.b_dec
-        self._channels += channel_sums(x, recon)
-        self._fired += (codes > 0).sum(dim=0)
+        self._channels += channel_sums(x, sae.reconstructions(codes)[-1])
+        self._fired += sae.of_all((codes > 0).sum(dim=0))
         self._n_tokens += len(x)
 
     def result(self, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Metrics:

@@ -9,12 +9,21 @@ from typing import Any
 import pytest
 import torch
 
-from fluxsae.sae import L1, SAE, TopK, load_sae, save_sae
+from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae, save_sae
 from fluxsae.sae.checkpoint import read_config
+from fluxsae.storage import read_json, write_json
 from tests.synthetic import capture_spec, randomised
 
+KINDS = [
+    L1(8, 20, l1=0.7),
+    TopK(8, 20, 3),
+    BatchTopK(8, 20, 3, seed=4),
+    JumpReLU(8, 20, 0.5, target_l0=4.5, threshold=0.2, bandwidth=0.3),
+    TopK(8, 20, 3, groups=[5, 20]),
+]
 
-@pytest.mark.parametrize("sae", [L1(8, 20, l1=0.7), TopK(8, 20, 3)])
+
+@pytest.mark.parametrize("sae", KINDS)
 def test_a_saved_sae_is_the_same_sae(tmp_path: Path, sae: SAE) -> None:
     randomised(sae)
     sae.spec, sae.mean_norm = capture_spec(), 3.25
@@ -25,6 +34,25 @@ def test_a_saved_sae_is_the_same_sae(tmp_path: Path, sae: SAE) -> None:
     assert loaded.spec == capture_spec() and loaded.mean_norm == 3.25 and not loaded.training
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in sae.state_dict().items())
     assert read_config(tmp_path)["training"] == {"steps": 5}
+
+
+@pytest.mark.parametrize("sae", [BatchTopK(8, 20, 3), JumpReLU(8, 20)])
+def test_thresholds_are_saved(tmp_path: Path, sae: BatchTopK | JumpReLU) -> None:
+    with torch.no_grad():
+        (sae.log_threshold if isinstance(sae, JumpReLU) else sae.threshold).fill_(0.05)
+    save_sae(tmp_path, sae)
+    x = torch.randn(30, 8)
+    codes = load_sae(tmp_path).encode(x)
+    assert torch.equal(codes, sae.encode(x)) and float(codes[codes > 0].min()) > 0.05
+
+
+def test_what_was_saved_before_there_were_groups_loads(tmp_path: Path) -> None:
+    save_sae(tmp_path, TopK(8, 20, 3))
+    path = tmp_path / "config.json"
+    config = read_json(path)
+    config["options"] = {"k": 3}
+    write_json(path, config)
+    assert load_sae(tmp_path).options() == TopK(8, 20, 3).options()
 
 
 def test_a_folder_half_written_is_no_sae(tmp_path: Path) -> None:

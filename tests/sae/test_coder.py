@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fluxsae.sae import L1, SAE, TopK
+from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK
 from fluxsae.shards.format import Statistics
 from tests.synthetic import capture_spec, randomised
+
+KINDS = [L1(8, 20), TopK(8, 20, 3), BatchTopK(8, 20, 3), JumpReLU(8, 20), TopK(8, 20, 3, groups=[5, 12, 20])]
 
 
 @settings(max_examples=40, deadline=None)
@@ -26,7 +30,7 @@ def test_topk_keeps_the_k_largest_and_no_more(n_features: int, k: int, seed: int
     assert bool(((codes == pre) | (codes == 0)).all())
 
 
-@pytest.mark.parametrize("sae", [L1(8, 20), TopK(8, 20, 3)])
+@pytest.mark.parametrize("sae", KINDS)
 def test_any_leading_shape_and_dtype(sae: SAE) -> None:
     x = torch.randn(2, 3, 8)
     randomised(sae)
@@ -35,7 +39,7 @@ def test_any_leading_shape_and_dtype(sae: SAE) -> None:
     assert sae.encode(x.bfloat16()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("sae", [L1(8, 20), TopK(8, 20, 3), TopK(8, 256, 4)])
+@pytest.mark.parametrize("sae", [L1(8, 20), TopK(8, 20, 3), TopK(8, 256, 4), TopK(8, 20, 3, groups=[4, 20])])
 def test_a_training_pass_reconstructs_as_forward_does(sae: SAE) -> None:
     x = torch.randn(50, 8)
     randomised(sae)
@@ -61,7 +65,7 @@ def test_the_sparse_pass_has_the_gradients_of_the_dense_one() -> None:
     assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-4) for a, b in zip(sparse, dense, strict=True))
 
 
-@pytest.mark.parametrize("sae", [L1(8, 20), TopK(8, 20, 3)])
+@pytest.mark.parametrize("sae", KINDS)
 def test_folding_changes_nothing_but_where_the_numbers_are(sae: SAE) -> None:
     x = 3 + 2 * torch.randn(40, 8)
     randomised(sae)
@@ -102,3 +106,28 @@ def test_statistics_normalise() -> None:
 def test_an_impossible_k_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=f"k is {k}, expected 1 to n_features = 20"):
         TopK(8, 20, k)
+
+
+@pytest.mark.parametrize("groups", [[], [20, 20], [5, 19], [0, 20], [12, 5, 20], [20, 21]])
+def test_impossible_groups_are_refused(groups: list[int]) -> None:
+    with pytest.raises(ValueError, match="expected sizes that ascend from at least 1 to n_features = 20"):
+        L1(8, 20, groups=groups)
+
+
+@pytest.mark.parametrize("kind", [L1, lambda d, f, **more: TopK(d, f, 4, **more), JumpReLU])
+def test_a_prefix_rebuilds_what_its_features_decode_to(kind: Callable[..., SAE]) -> None:
+    sae = randomised(kind(8, 20, groups=[3, 11, 20]))
+    x = sae.normalise(torch.randn(30, 8))
+    run, codes = sae.run(x), sae.activate(sae.project(x))
+    assert len(run.partial) == 2
+    for size, recon in zip((3, 11, 20), (*run.partial, run.recon), strict=True):
+        assert torch.allclose(recon, codes[:, :size] @ sae.W_dec[:size] + sae.b_dec, atol=1e-5)
+
+
+def test_a_seed_decides_the_initial_weights_and_touches_no_other_generator() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    one, same, other = (TopK(8, 20, 3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(one.W_dec, same.W_dec) and not torch.equal(one.W_dec, other.W_dec)

@@ -1,0 +1,89 @@
+"""The processes that train one SAE together: which of them see different tokens, and what those add up.
+
+Legend: N tokens of one process, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Shaped
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+
+class Processes(NamedTuple):
+    """Process `rank` of `n` that see different tokens; `group` is theirs, or None where that is all of the run's.
+
+    Those that share the features of one SAE see the same tokens, and count as one. Nothing here waits for a device:
+    Lightning's own `strategy.reduce` would, as it sets up a barrier first.
+    """
+
+    rank: int
+    n: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Processes:
+        """This process among those of a Trainer's run."""
+        share = trainer.distributed_sampler_kwargs
+        if share is None:
+            return cls(0, 1, None)
+        group = None
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            group = trainer.strategy.device_mesh["data_parallel"].get_group()
+        return cls(share["rank"], share["num_replicas"], group)
+
+    def total(self, sums: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """The sum over processes."""
+        return self._reduce(sums, dist.ReduceOp.SUM)
+
+    def anywhere(self, flags: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """What holds in some process: one collective of a byte a flag."""
+        return self._reduce(flags, dist.ReduceOp.MAX)
+
+    def gather(self, rows: Shaped[Tensor, "N D"]) -> Shaped[Tensor, "M D"]:
+        """The rows of all processes, which may bring different numbers of them, in the order of the processes."""
+        if self.n == 1:
+            return rows
+        lengths = self.total(torch.eye(self.n, dtype=torch.int64, device=rows.device)[self.rank] * len(rows)).tolist()
+        padded = rows.new_zeros(max(lengths), rows.shape[1])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.n == 1:
+            return values
+        values = values.clone()
+        dist.all_reduce(values, operation, group=self.group)
+        return values
+
+
+class OneAllReduce(DDPStrategy):
+    """Each process trains on its own tokens with a whole SAE; all gradients are averaged at once, by default in bf16.
+
+    Buffers are not sent around, as DDP would before each step: they change alike in every process.
+
+    Args:
+        compress: whether gradients travel as bf16, half the bytes, rather than as they are.
+        options: what else DDPStrategy and DistributedDataParallel take.
+    """
+
+    def __init__(self, compress: bool = True, **options: Any) -> None:
+        hook = bf16_compress_hook if compress else None
+        super().__init__(ddp_comm_hook=hook, gradient_as_bucket_view=True, bucket_cap_mb=_NO_LIMIT, **options)
+
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        # An argument of DistributedDataParallel would do so too, but newer versions of torch call it otherwise.
+        self.model.broadcast_buffers = False  # type: ignore[union-attr, assignment]
+
+
+_NO_LIMIT = 1 << 20
+"""Megabytes of gradients that one all-reduce may take: however many there are."""

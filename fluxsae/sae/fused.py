@@ -1,0 +1,297 @@
+"""A training step of an L1 or TopK SAE as a few hand-made passes: no autograd, no gradients in memory, no host waits.
+
+It minimises what `SAETraining` minimises. A sparse step (TopK, small k) touches only the decoder rows, tokens and
+errors that belong to codes above 0; a dense one does everything by matrix products. Either is recorded once as CUDA
+graphs and replayed. Gradients are of half the summed squared error until Adam multiplies them by 2 / (N · D).
+Legend: N tokens, D width, F features, M dead features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torch.optim import Adam
+
+from fluxsae.sae.coder import L1, SAE, TopK
+from fluxsae.sae.graphs import Graphs
+
+if find_spec("triton") is not None:
+    from fluxsae.sae.auxiliary import AuxiliaryLoss, AuxiliaryPass
+    from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, selection
+    from fluxsae.sae.kernels.feature_lists import FeatureLists
+    from fluxsae.sae.kernels.row_updates import AdamState, UnitRows
+
+SPARSE_UP_TO = 96
+"""The largest k for which gathering rows beats matrix products (measured on an H100 at D = 3072, F = 12288)."""
+
+
+class Outcome(NamedTuple):
+    """What a forward pass found, on the device. `loss` and `mse` are a channel; `fired` counts tokens a feature."""
+
+    loss: Float[Tensor, ""]
+    mse: Float[Tensor, ""]
+    l0: Float[Tensor, ""]
+    fired: Float[Tensor, "F"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the objective and Adam need to know beside the SAE."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_tokens: float = 10.0
+    aux_k: int = 0
+    aux_coef: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    graphs: bool = True
+
+
+class StepAdam(Adam):
+    """torch's Adam, whose step a fused step may make; the state is the same."""
+
+    fused_step: FusedStep | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fused_step is None:
+            return super().step(closure)
+        loss = closure() if closure is not None else None
+        self.fused_step.update(self, self.param_groups[0]["lr"])
+        return loss
+
+
+def why_not_fused(sae: SAE, trainer: Trainer) -> str | None:
+    """What keeps a fused step from training this SAE, in words; None when nothing does."""
+    checks = {
+        f"it is a {type(sae).__name__} and only L1 and TopK have one": type(sae) in (L1, TopK),
+        "its features are in groups": len(sae.groups) == 1,
+        "Triton is not installed": find_spec("triton") is not None,
+        "there is no NVIDIA GPU": sae.W_enc.device.type == "cuda" and torch.version.hip is None,
+        f"the precision is {trainer.precision} and not bf16-mixed": trainer.precision == "bf16-mixed",
+        f"there are {trainer.world_size} processes": trainer.world_size == 1,
+        "gradients are accumulated over batches": trainer.accumulate_grad_batches == 1,
+        "the Trainer clips gradients": not trainer.gradient_clip_val,
+    }
+    return next((obstacle for obstacle, passed in checks.items() if not passed), None)
+
+
+class FusedStep:
+    """Training steps of one SAE: `forward`, then `update`, for each batch.
+
+    Between steps the decoder's rows may be off unit length by what one step of Adam changes; `settle` makes them exact,
+    and must be called before anyone else reads or writes the weights.
+    """
+
+    def __init__(self, sae: SAE, settings: Settings) -> None:
+        if type(sae) not in (L1, TopK) or len(sae.groups) > 1:
+            raise TypeError(f"a fused step knows L1 and TopK without groups, not this {type(sae).__name__}.")
+        self.sae = sae
+        self.settings = settings
+        self.sparse = isinstance(sae, TopK) and sae.k <= SPARSE_UP_TO
+        device = sae.W_enc.device
+        self.enc_low = sae.W_enc.detach().to(settings.dtype)
+        self.dec_low = sae.W_dec.detach().to(settings.dtype)
+        self.row_scale = torch.ones(sae.n_features, device=device)
+        self.tiles = row_updates.n_tiles(sae.d_in) if self.sparse else 1
+        self.squares = torch.empty(self.tiles, sae.n_features, device=device)
+        self.lr = torch.zeros((), device=device)
+        self.penalty = torch.zeros((), device=device)
+        self._log_betas = torch.tensor(settings.betas, dtype=torch.float64).log().float().to(device)
+        self._buffers: dict[str, Tensor] = {}
+        self._aux = AuxiliaryPass(sae, settings.aux_k, settings.aux_coef)
+        self._graphs = Graphs(settings.graphs and device.type == "cuda")
+        self._found: Any = None
+
+    @torch.no_grad()
+    def forward(self, tokens: Float[Tensor, "N D"], dead: Int[Tensor, "M"], penalty: float = 0.0) -> Outcome:
+        """Loss and what the update needs, for raw tokens. `penalty` is the weight of the codes' sum (L1)."""
+        sae = self.sae
+        self.x = self._buffer("x", len(tokens), sae.d_in)
+        columns.centre(tokens, sae.mean * sae.scale + sae.b_dec, sae.scale, self.x)
+        self.penalty.fill_(penalty / 2)
+        self._key = (len(tokens), self._aux.set_features(dead))
+        body = self._forward_sparse if self.sparse else self._forward_dense
+        self._found = self._graphs.run(("forward", *self._key), body)
+        return self.outcome
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the last forward pass found; the next one writes to the same place."""
+        outcome: Outcome = self._found.outcome
+        return outcome
+
+    def variance_explained(self) -> Float[Tensor, ""]:
+        """The FVE of the last batch, against the batch's own channel means."""
+        return 1 - self.outcome.mse / self.x.float().var(dim=0, correction=0).mean()
+
+    @torch.no_grad()
+    def update(self, optimizer: Adam, lr: float) -> None:
+        """Adam's step on the SAE's weights, moments in `optimizer`'s state; nothing where the loss was not finite."""
+        states = _adam_states(optimizer, self.sae)
+        self.lr.fill_(lr)
+        self._graphs.run(("update", *self._key), lambda: self._update(states))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Bring the decoder's rows to unit length, and round the copies anew."""
+        self.sae.W_dec.mul_(self.row_scale[:, None])
+        self.row_scale.fill_(1.0)
+        self.enc_low.copy_(self.sae.W_enc)
+        self.dec_low.copy_(self.sae.W_dec)
+
+    def _forward_sparse(self) -> _Found:
+        sae, n = self.sae, len(self.x)
+        assert isinstance(sae, TopK)
+        pre = torch.mm(self.x, self.enc_low.T, out=self._buffer("pre", n, sae.n_features))
+        values, indices = torch.empty(n, sae.k, device=pre.device), pre.new_empty(n, sae.k, dtype=torch.int32)
+        selection.select(pre, sae.b_enc, values, indices)
+        error = self._buffer("error", n, sae.d_in)
+        slopes = values.new_empty(decoding.n_tiles(sae.d_in), n, sae.k)
+        squares = values.new_empty(len(slopes), n)
+        decoding.explain(values, indices, self.dec_low, self.row_scale, self.x, error, slopes, squares)
+        square = squares.sum(0)
+        weights = self._weigh(error, square)
+        lists = feature_lists.list_by_feature(values, indices, slopes, weights, sae.n_features)
+        along, bias = torch.empty(2, sae.n_features, device=pre.device).unbind()
+        row_updates.feature_sums(lists, along, bias)
+        aux = self._explain_dead(self._aux.codes(pre, sae.b_enc), error, weights, along, bias)
+        mse = square.mean() / sae.d_in
+        loss = (square * weights).mean() / sae.d_in + aux.loss
+        outcome = Outcome(loss, mse, lists.counts.sum() / n, lists.counts.float())
+        return _Found(outcome, error, along, bias, aux, lists=lists)
+
+    def _forward_dense(self) -> _Found:
+        sae, n = self.sae, len(self.x)
+        codes = self._buffer("codes", n, sae.n_features)
+        slopes = self._buffer("pre", n, sae.n_features)
+        bias = sae.b_enc.to(codes.dtype)
+        if isinstance(sae, TopK):
+            torch.addmm(bias, self.x, self.enc_low.T, out=slopes)
+            selection.keep_largest(slopes, codes, sae.k)
+            aux_codes = self._aux.codes(slopes)  # before slopes take the pre-activations' place
+        else:
+            torch._addmm_activation(bias, self.x, self.enc_low.T, use_gelu=False, out=codes)  # ReLU in the epilogue
+            aux_codes = self._aux.codes(codes)  # a code's ReLU is the code
+        error = self._buffer("error", n, sae.d_in)
+        torch.addmm(self.x, codes, self.dec_low, beta=-1, out=error)
+        square = torch.empty(n, device=error.device)
+        columns.squared_lengths(error, square)
+        weights = self._weigh(error, square)
+        torch.mm(error, self.dec_low.T, out=slopes)
+        along, bias, fired, total = columns.mask_slopes(codes, slopes, self.penalty).unbind()
+        aux = self._explain_dead(aux_codes, error, weights, along, bias)
+        mse = square.mean() / sae.d_in
+        penalty = 2 * self.penalty * total.sum() / n / sae.d_in
+        outcome = Outcome((square * weights).mean() / sae.d_in + penalty + aux.loss, mse, fired.sum() / n, fired)
+        return _Found(outcome, error, along, bias, aux, codes=codes, slopes=slopes)
+
+    def _weigh(self, error: Tensor, square: Tensor) -> Tensor:
+        """The tokens' weights, by which `error` is multiplied."""
+        clip = self.settings.clip_tokens
+        if not clip:
+            return torch.ones_like(square)
+        length = square.sqrt()
+        longest = clip * length.mean()
+        weights = torch.where(length <= longest, 1.0, longest / length)
+        columns.weigh(error, weights)
+        return weights
+
+    def _explain_dead(
+        self, codes: Tensor | None, error: Tensor, weights: Tensor, along: Tensor, bias: Tensor
+    ) -> AuxiliaryLoss:
+        return self._aux.loss(codes, self.x, error, weights, self.dec_low, self.row_scale, along, bias)
+
+    def _update(self, states: _States) -> None:
+        found, sae, n = self._found, self.sae, len(self.x)
+        hyper = self._hyper(states, found.outcome.loss, n)
+        ones = torch.ones(n, device=self.x.device)
+        b_dec = columns.weighted_column_sums(ones, found.error)
+        b_dec -= columns.weighted_column_sums(found.bias, self.enc_low)
+        unit = UnitRows(self.row_scale, found.along, self.squares)
+        enc = AdamState(sae.W_enc, *states.W_enc, self.enc_low)
+        dec = AdamState(sae.W_dec, *states.W_dec, self.dec_low)
+        betas = self.settings.betas
+        if found.lists is not None:
+            lists = found.lists
+            pieces = self.x.new_empty(len(lists.owners), sae.d_in, dtype=torch.float32)
+            for state, weights, source, rows, aux in (
+                (enc, lists.slopes, self.x, None, found.aux.enc),
+                (dec, lists.values, found.error, unit, found.aux.dec),
+            ):
+                row_updates.sum_pieces(lists, weights, source, pieces)
+                row_updates.update_gathered(state, lists, weights, source, pieces, hyper, betas, rows, aux)
+        else:
+            gradient = torch.mm(found.slopes.T, self.x)
+            row_updates.update_given(enc, gradient, hyper, betas, None, found.aux.enc)
+            torch.mm(found.codes.T, found.error, out=gradient)
+            row_updates.update_given(dec, gradient, hyper, betas, unit, found.aux.dec)
+        row_updates.unit_scale(self.squares, self.row_scale, hyper)
+        for bias, gradient, moments in (
+            (sae.b_enc, found.aux.bias, states.b_enc),
+            (sae.b_dec, b_dec, states.b_dec),
+        ):
+            rounded = torch.empty_like(bias)
+            state = AdamState(*(t.view(1, -1) for t in (bias.detach(), *moments, rounded)))
+            row_updates.update_given(state, gradient.view(1, -1), hyper, betas)
+
+    def _hyper(self, states: _States, loss: Tensor, n_tokens: int) -> Tensor:
+        """What the row updates read from memory, so that a replayed graph sees each step's own numbers."""
+        ok = loss.isfinite().float()
+        torch._foreach_add_(states.steps, [ok] * len(states.steps))
+        corrections = -torch.expm1(self._log_betas * states.steps[0])
+        factor = torch.full_like(ok, 2 / (n_tokens * self.sae.d_in))
+        eps = torch.full_like(ok, self.settings.eps)
+        return torch.stack([self.lr / corrections[0], corrections[1].rsqrt(), factor, ok, eps])
+
+    def _buffer(self, name: str, rows: int, width: int) -> Tensor:
+        """The first `rows` rows of a buffer that lasts."""
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < rows:
+            self._graphs.clear()
+            buffer = torch.empty(rows, width, device=self.enc_low.device, dtype=self.settings.dtype)
+            self._buffers[name] = buffer
+        return buffer[:rows]
+
+
+class _Found(NamedTuple):
+    """What the update needs of a forward pass: lists from a sparse one, codes and slopes from a dense one."""
+
+    outcome: Outcome
+    error: Tensor
+    along: Tensor
+    bias: Tensor  # without the auxiliary loss's part, which leaves b_dec alone
+    aux: AuxiliaryLoss
+    lists: FeatureLists | None = None
+    codes: Tensor | None = None
+    slopes: Tensor | None = None
+
+
+class _States(NamedTuple):
+    """Adam's moments of each weight, and its step counts."""
+
+    W_enc: tuple[Tensor, Tensor]
+    W_dec: tuple[Tensor, Tensor]
+    b_enc: tuple[Tensor, Tensor]
+    b_dec: tuple[Tensor, Tensor]
+    steps: list[Tensor]
+
+
+def _adam_states(optimizer: Adam, sae: SAE) -> _States:
+    """The state in the form that torch's own Adam leaves and loads."""
+    parameters = (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+    for parameter in parameters:
+        if not optimizer.state[parameter]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+    states = [optimizer.state[parameter] for parameter in parameters]
+    w_enc, w_dec, b_enc, b_dec = ((state["exp_avg"], state["exp_avg_sq"]) for state in states)
+    return _States(w_enc, w_dec, b_enc, b_dec, [state["step"] for state in states])

@@ -1,0 +1,169 @@
+"""Passes over whole matrices that a dense step needs between its matrix products (Triton).
+
+Legend: N tokens, D width, F features, A some of them, R rows and C columns of any matrix.
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_ROWS = 128
+_COLUMNS = 128
+_WIDE = 1024
+
+
+def centre(
+    tokens: Float[Tensor, "N D"], shift: Float[Tensor, "D"], scale: Float[Tensor, ""], x: Float[Tensor, "N D"]
+) -> None:
+    """Write x = tokens · scale - shift."""
+    block = 1024
+    _centre[(triton.cdiv(tokens.numel(), block),)](
+        tokens, shift, scale, x, tokens.numel(), tokens.shape[1], BLOCK=block
+    )
+
+
+def positive_columns(
+    pre_acts: Float[Tensor, "N F"],
+    bias: Float[Tensor, "F"],
+    features: Int[Tensor, "A"],
+    used: Float[Tensor, "A"],
+    codes: Float[Tensor, "N A"],
+) -> None:
+    """Write codes = ReLU(pre_acts + bias) of some features, where used is 1, and 0 where it is 0."""
+    rows, block = 32, 64
+    _positive_columns[(triton.cdiv(len(pre_acts), rows), triton.cdiv(len(features), block))](
+        *(pre_acts, bias, features, used, codes, len(pre_acts), pre_acts.shape[1], len(features)),
+        ROWS=rows,
+        BLOCK=block,
+    )
+
+
+def squared_lengths(rows: Float[Tensor, "N D"], squares: Float[Tensor, "N"]) -> None:
+    """Write each row's squared length."""
+    _squared_lengths[(len(rows),)](rows, squares, rows.shape[1], BLOCK=triton.next_power_of_2(rows.shape[1]))
+
+
+def weigh(rows: Float[Tensor, "N D"], weights: Float[Tensor, "N"]) -> None:
+    """Multiply rows by their weights; rows of weight 1 are not even read."""
+    _weigh[(len(rows),)](rows, weights, rows.shape[1], BLOCK=triton.next_power_of_2(rows.shape[1]))
+
+
+def weighted_column_sums(weights: Float[Tensor, "R"], rows: Float[Tensor, "R C"]) -> Float[Tensor, "C"]:
+    """Σ over rows of weights · rows, in an order that is the same in every run."""
+    n_rows, n_columns = rows.shape
+    blocks = triton.cdiv(n_rows, _ROWS)
+    parts = torch.empty(blocks, n_columns, device=rows.device)
+    _weighted_column_sums[(blocks, triton.cdiv(n_columns, _COLUMNS))](
+        weights, rows, parts, n_rows, n_columns, ROWS=_ROWS, COLUMNS=_COLUMNS
+    )
+    return parts.sum(0)
+
+
+def mask_slopes(
+    codes: Float[Tensor, "N F"], slopes: Float[Tensor, "N F"], penalty: Float[Tensor, ""]
+) -> Float[Tensor, "4 F"]:
+    """Turn slopes of codes into those of pre-activations, in place: slopes + penalty where codes > 0, else 0.
+
+    Returns sums over tokens: of codes · slopes, of the new slopes, of codes > 0, and of codes.
+    """
+    n_tokens, n_features = codes.shape
+    blocks = triton.cdiv(n_tokens, _ROWS)
+    parts = torch.empty(blocks, 4, n_features, device=codes.device)
+    _mask_slopes[(blocks, triton.cdiv(n_features, _WIDE))](
+        codes, slopes, penalty, parts, n_tokens, n_features, ROWS=_ROWS, COLUMNS=_WIDE
+    )
+    return parts.sum(0)
+
+
+@no_type_check
+@triton.jit
+def _centre(tokens, shift, scale, x, n, d_in, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    raw = tl.load(tokens + i, mask=i < n, other=0.0).to(tl.float32)
+    value = raw * tl.load(scale) - tl.load(shift + i % d_in, mask=i < n, other=0.0)
+    tl.store(x + i, value.to(x.dtype.element_ty), mask=i < n)
+
+
+@no_type_check
+@triton.jit
+def _positive_columns(
+    pre_acts, bias, features, used, codes, n_tokens, n_features, n_chosen, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    a = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    feature = tl.load(features + a, mask=a < n_chosen, other=0)
+    offset = tl.load(bias + feature)
+    factor = tl.load(used + a, mask=a < n_chosen, other=0.0)
+    inside = (n < n_tokens)[:, None] & (a < n_chosen)[None, :]
+    raw = tl.load(pre_acts + n[:, None] * n_features + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+    code = tl.where(factor[None, :] > 0, tl.maximum(raw + offset[None, :], 0.0), 0.0)
+    tl.store(codes + n[:, None] * n_chosen + a[None, :], code.to(codes.dtype.element_ty), mask=inside)
+
+
+@no_type_check
+@triton.jit
+def _squared_lengths(rows, squares, d_in, BLOCK: tl.constexpr):
+    n = tl.program_id(0)
+    d = tl.arange(0, BLOCK)
+    value = tl.load(rows + n.to(tl.int64) * d_in + d, mask=d < d_in, other=0.0).to(tl.float32)
+    tl.store(squares + n, tl.sum(value * value, 0))
+
+
+@no_type_check
+@triton.jit
+def _weigh(rows, weights, d_in, BLOCK: tl.constexpr):
+    n = tl.program_id(0)
+    weight = tl.load(weights + n)
+    if weight != 1.0:
+        at = n.to(tl.int64) * d_in + tl.arange(0, BLOCK)
+        inside = tl.arange(0, BLOCK) < d_in
+        value = tl.load(rows + at, mask=inside, other=0.0).to(tl.float32) * weight
+        tl.store(rows + at, value.to(rows.dtype.element_ty), mask=inside)
+
+
+@no_type_check
+@triton.jit
+def _weighted_column_sums(weights, rows, parts, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    weight = tl.load(weights + row, mask=row < n_rows, other=0.0)
+    inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
+    value = tl.load(rows + row.to(tl.int64)[:, None] * n_columns + column[None, :], mask=inside, other=0.0)
+    total = tl.sum(weight[:, None] * value.to(tl.float32), 0)
+    tl.store(parts + tl.program_id(0).to(tl.int64) * n_columns + column, total, mask=column < n_columns)
+
+
+@no_type_check
+@triton.jit
+def _mask_slopes(codes, slopes, penalty, parts, n_tokens, n_features, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    extra = tl.load(penalty)
+    STEP: tl.constexpr = 4
+    along = tl.zeros([STEP, COLUMNS], tl.float32)
+    bias = tl.zeros([STEP, COLUMNS], tl.float32)
+    fired = tl.zeros([STEP, COLUMNS], tl.float32)
+    total = tl.zeros([STEP, COLUMNS], tl.float32)
+    for i in range(0, ROWS, STEP):
+        n = tl.program_id(0) * ROWS + i + tl.arange(0, STEP)
+        inside = (n < n_tokens)[:, None] & (f < n_features)[None, :]
+        at = n.to(tl.int64)[:, None] * n_features + f[None, :]
+        code = tl.load(codes + at, mask=inside, other=0.0).to(tl.float32)
+        slope = tl.load(slopes + at, mask=inside, other=0.0).to(tl.float32)
+        active = code > 0
+        masked = tl.where(active, slope + extra, 0.0)
+        tl.store(slopes + at, masked.to(slopes.dtype.element_ty), mask=inside)
+        along += code * slope
+        bias += masked
+        fired += active.to(tl.float32)
+        total += code
+    at = parts + tl.program_id(0).to(tl.int64) * 4 * n_features + f
+    tl.store(at, tl.sum(along, 0), mask=f < n_features)
+    tl.store(at + n_features, tl.sum(bias, 0), mask=f < n_features)
+    tl.store(at + 2 * n_features, tl.sum(fired, 0), mask=f < n_features)
+    tl.store(at + 3 * n_features, tl.sum(total, 0), mask=f < n_features)

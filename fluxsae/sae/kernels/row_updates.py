@@ -1,0 +1,292 @@
+"""The gradient of a weight's rows, gathered through the feature lists, and Adam's step on them, in one pass (Triton).
+
+Row f's gradient is a weighted sum of the tokens (or errors) that feature f fired on. Each program owns a tile of one
+row: it sums, steps, and writes weight, moments and the low-precision copy, so gradients never reach memory, and the
+caches that serve the gathers work while memory serves Adam.
+Legend: N tokens, D width, F features, R rows of pieces, A rows of the auxiliary loss, P tiles of channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fluxsae.sae.kernels.feature_lists import PIECE, FeatureLists
+
+TILE = 512
+"""Channels a program works on: tokens and errors of 8,192 tokens × 512 channels in bf16 are 8 MB each."""
+_ROWS = 4
+"""Rows in flight a program; with one warp, so that no sum crosses warps."""
+
+
+class AdamState(NamedTuple):
+    """One weight, Adam's moments of it, and the copy that matrix products read."""
+
+    weight: Float[Tensor, "F D"]
+    exp_avg: Float[Tensor, "F D"]
+    exp_avg_sq: Float[Tensor, "F D"]
+    low: Float[Tensor, "F D"]
+
+
+class Auxiliary(NamedTuple):
+    """Gradients from the auxiliary loss: feature f's is row `row_of[f]` of `gradient`; -1 says that it has none."""
+
+    row_of: Int[Tensor, "F"]
+    gradient: Float[Tensor, "A D"]
+
+
+class UnitRows(NamedTuple):
+    """What keeps rows at unit length, tile by tile.
+
+    The weight's rows are read times `scale`, and written at unit length where one tile holds a whole row; `along` is
+    the gradient along each unit row, which is taken away; `squares` takes each tile's part of the stepped row's squared
+    length.
+    """
+
+    scale: Float[Tensor, "F"]
+    along: Float[Tensor, "F"]
+    squares: Float[Tensor, "P F"]
+
+
+def n_tiles(d_in: int) -> int:
+    """Into how many tiles `d_in` channels fall."""
+    return -(-d_in // TILE)
+
+
+def sum_pieces(
+    lists: FeatureLists, weights: Float[Tensor, "M"], source: Float[Tensor, "N D"], sums: Float[Tensor, "R D"]
+) -> None:
+    """Write the sums of every piece behind the first of each list: Σ weights · source[tokens]."""
+    d_in = source.shape[1]
+    block = min(TILE, triton.next_power_of_2(d_in))
+    _sum_pieces[(len(sums) * triton.cdiv(d_in, block),)](
+        *(lists.tokens, weights, lists.counts, lists.starts, lists.pieces, lists.owners, source, sums),
+        *(len(sums), d_in),
+        PIECE=PIECE,
+        ROWS=_ROWS,
+        BLOCK=block,
+        num_warps=1,
+    )
+
+
+def update_gathered(
+    state: AdamState,
+    lists: FeatureLists,
+    weights: Float[Tensor, "M"],
+    source: Float[Tensor, "N D"],
+    pieces: Float[Tensor, "R D"],
+    hyper: Float[Tensor, "5"],
+    betas: tuple[float, float],
+    unit: UnitRows | None = None,
+    aux: Auxiliary | None = None,
+) -> None:
+    """Adam's step with the gradient hyper[2] · (Σ weights · source[tokens] + auxiliary rows), tile by tile of channels.
+
+    `hyper` is lr / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ), the gradient's factor, whether to step at all (else 0), and ε.
+    """
+    _launch(state, lists, weights, source, pieces, source, hyper, betas, unit, aux, TILE, 1, gather=True)
+
+
+def update_given(
+    state: AdamState,
+    gradient: Float[Tensor, "F D"],
+    hyper: Float[Tensor, "5"],
+    betas: tuple[float, float],
+    unit: UnitRows | None = None,
+    aux: Auxiliary | None = None,
+) -> None:
+    """Adam's step with the gradient hyper[2] · (gradient + auxiliary rows); unit rows are done whole."""
+    tile = triton.next_power_of_2(state.weight.shape[1]) if unit is not None else TILE
+    num_warps = max(2, min(16, tile // 512))
+    _launch(state, None, None, None, None, gradient, hyper, betas, unit, aux, tile, num_warps, gather=False)
+
+
+def _launch(
+    state: AdamState,
+    lists: FeatureLists | None,
+    weights: Tensor | None,
+    source: Tensor | None,
+    pieces: Tensor | None,
+    gradient: Tensor,
+    hyper: Tensor,
+    betas: tuple[float, float],
+    unit: UnitRows | None,
+    aux: Auxiliary | None,
+    tile: int,
+    num_warps: int,
+    *,
+    gather: bool,
+) -> None:
+    n_features, d_in = state.weight.shape
+    block = min(tile, triton.next_power_of_2(d_in))
+    tokens, counts, starts, first_piece = (
+        (lists.tokens, lists.counts, lists.starts, lists.pieces) if lists is not None else (None, None, None, None)
+    )
+    _update[(n_features * triton.cdiv(d_in, block),)](
+        *state,
+        *(tokens, weights, counts, starts, first_piece, source, pieces, gradient, hyper),
+        *(unit if unit is not None else (None, None, None)),
+        *(aux if aux is not None else (None, None)),
+        *(n_features, d_in),
+        *(1 - beta for beta in betas),
+        GATHER=gather,
+        UNIT=unit is not None,
+        WHOLE=block >= d_in,
+        AUX=aux is not None,
+        PIECE=PIECE,
+        ROWS=_ROWS,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
+
+
+def unit_scale(squares: Float[Tensor, "P F"], scale: Float[Tensor, "F"], hyper: Float[Tensor, "5"]) -> None:
+    """Write 1 / length of the stepped rows to `scale`, where a step was taken."""
+    length = squares.sum(0).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+    scale.copy_(torch.where(hyper[3] > 0, 1 / length, scale))
+
+
+def feature_sums(lists: FeatureLists, along: Float[Tensor, "F"], bias_gradient: Float[Tensor, "F"]) -> None:
+    """Write, a feature, Σ values · slopes, the decoder gradient along its row, and Σ slopes, the bias's gradient."""
+    n_features = len(along)
+    _feature_sums[(n_features,)](
+        *(lists.values, lists.slopes, lists.counts, lists.starts, along, bias_gradient), BLOCK=128, num_warps=1
+    )
+
+
+@no_type_check
+@triton.jit
+def _feature_sums(values, slopes, counts, starts, along, bias_gradient, BLOCK: tl.constexpr):
+    f = tl.program_id(0)
+    count = tl.load(counts + f)
+    start = tl.load(starts + f)
+    product = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, count, BLOCK):
+        m = i + tl.arange(0, BLOCK)
+        slope = tl.load(slopes + start + m, mask=m < count, other=0.0)
+        product += slope * tl.load(values + start + m, mask=m < count, other=0.0)
+        total += slope
+    tl.store(along + f, tl.sum(product, 0))
+    tl.store(bias_gradient + f, tl.sum(total, 0))
+
+
+@no_type_check
+@triton.jit
+def _sum_rows(tokens, weights, begin, end, source, d, d_in, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Σ weights · source[tokens] over list places begin ≤ m < end, for channels d."""
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for i in range(begin, end, ROWS):
+        m = i + tl.arange(0, ROWS)
+        token = tl.load(tokens + m, mask=m < end, other=0).to(tl.int64)
+        weight = tl.load(weights + m, mask=m < end, other=0.0)
+        inside = (m < end)[:, None] & (d < d_in)[None, :]
+        row = tl.load(source + token[:, None] * d_in + d[None, :], mask=inside, other=0.0)
+        total += weight[:, None] * row.to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@no_type_check
+@triton.jit
+def _sum_pieces(
+    tokens,
+    weights,
+    counts,
+    starts,
+    first_piece,
+    owners,
+    source,
+    sums,
+    n_pieces,
+    d_in,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    piece = tl.program_id(0) % n_pieces
+    d = tl.program_id(0) // n_pieces * BLOCK + tl.arange(0, BLOCK)
+    owner = tl.load(owners + piece)
+    if owner >= 0:
+        start = tl.load(starts + owner)
+        begin = start + (piece - tl.load(first_piece + owner) + 1) * PIECE
+        end = tl.minimum(begin + PIECE, start + tl.load(counts + owner))
+        total = _sum_rows(tokens, weights, begin, end, source, d, d_in, ROWS, BLOCK)
+        tl.store(sums + piece.to(tl.int64) * d_in + d, total, mask=d < d_in)
+
+
+@no_type_check
+@triton.jit
+def _update(
+    weight,
+    exp_avg,
+    exp_avg_sq,
+    low,
+    tokens,
+    weights,
+    counts,
+    starts,
+    first_piece,
+    source,
+    pieces,
+    gradient,
+    hyper,
+    unit_scale,
+    unit_along,
+    unit_squares,
+    aux_row_of,
+    aux_gradient,
+    n_features,
+    d_in,
+    RATE1,
+    RATE2,
+    GATHER: tl.constexpr,
+    UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    AUX: tl.constexpr,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tile = tl.program_id(0) // n_features
+    f = tl.program_id(0) % n_features
+    d = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = d < d_in
+    at = f.to(tl.int64) * d_in + d
+    if tl.load(hyper + 3) > 0:
+        w = tl.load(weight + at, mask=inside, other=0.0)
+        m = tl.load(exp_avg + at, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+        if GATHER:
+            count = tl.load(counts + f)
+            start = tl.load(starts + f)
+            g = _sum_rows(tokens, weights, start, start + tl.minimum(count, PIECE), source, d, d_in, ROWS, BLOCK)
+            if count > PIECE:
+                first = tl.load(first_piece + f)
+                for piece in range(first, first + (count - 1) // PIECE):
+                    g += tl.load(pieces + piece * d_in + d, mask=inside, other=0.0)
+        else:
+            g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        if AUX:
+            aux = tl.load(aux_row_of + f)
+            if aux >= 0:
+                g += tl.load(aux_gradient + aux.to(tl.int64) * d_in + d, mask=inside, other=0.0).to(tl.float32)
+        if UNIT:
+            w *= tl.load(unit_scale + f)
+            g -= tl.load(unit_along + f) * w
+        g *= tl.load(hyper + 2)
+        m += RATE1 * (g - m)
+        v += RATE2 * (g * g - v)
+        w -= tl.load(hyper) * m / (tl.sqrt(v) * tl.load(hyper + 1) + tl.load(hyper + 4))
+        if UNIT and WHOLE:
+            w *= tl.rsqrt(tl.maximum(tl.sum(tl.where(inside, w * w, 0.0), 0), 1e-30))
+        tl.store(weight + at, w, mask=inside)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+        tl.store(low + at, w.to(low.dtype.element_ty), mask=inside)
+        if UNIT:
+            tl.store(unit_squares + tile.to(tl.int64) * n_features + f, tl.sum(tl.where(inside, w * w, 0.0), 0))

@@ -1,0 +1,40 @@
+"""What training minimises of each token: its squared error, weighted so that no token outweighs the rest.
+
+Legend: N tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fluxsae.sae.coder import Pass
+
+
+def squared_errors(x: Float[Tensor, "N D"], run: Pass) -> Float[Tensor, "N"]:
+    """‖e_n‖² of normalised tokens, summed over channels; of a Matryoshka SAE, the mean over its reconstructions."""
+    errors = [(x - recon).square().sum(dim=1) for recon in (*run.partial, run.recon)]
+    return errors[0] if len(errors) == 1 else torch.stack(errors).mean(dim=0)
+
+
+@torch.no_grad()
+def token_weights(
+    squared: Float[Tensor, "N"], clip: float, total: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Float[Tensor, "N"]:
+    """The weight of each token's squared error, s_n = min(1, clip · mean_m ‖e_m‖ / ‖e_n‖), without gradients.
+
+    The gradient that an error sends back grows with its length, so one outlier could throw the whole dictionary. With
+    these weights it pulls as an error of `clip` mean lengths would; Adam bounds the step. Ordinary tokens have weight
+    1, exactly. Unlike clipping the gradient's norm, this is known before any gradient is, token by token.
+
+    The mean is over all processes: `total` sums over them. 0 switches clipping off.
+    """
+    if clip == 0:
+        return torch.ones_like(squared)
+    lengths = squared.sqrt()
+    length, count = total(torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))]))
+    longest = clip * length / count
+    return torch.where(lengths <= longest, 1.0, longest / lengths)

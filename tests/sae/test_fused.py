@@ -1,0 +1,226 @@
+"""The hand-made training step against autograd's, on a GPU where there is one and in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from fluxsae.sae import L1, SAE, TopK, auxiliary
+from fluxsae.sae import fused as fused_step
+from fluxsae.sae.dead import aux_error
+from fluxsae.sae.fused import FusedStep, Settings
+from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, selection
+from fluxsae.sae.objective import squared_errors, token_weights
+from tests.synthetic import randomised
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes at which a few tokens already cross every boundary."""
+    for module in (feature_lists, row_updates):
+        monkeypatch.setattr(module, "PIECE", 4)
+    for module in (decoding, row_updates):
+        monkeypatch.setattr(module, "TILE", 16)
+    monkeypatch.setattr(auxiliary, "_BUCKET", 4)
+    monkeypatch.setattr(fused_step, "SPARSE_UP_TO", 8)
+
+
+def chosen(pre: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values = torch.full((len(pre), k), torch.nan, device=DEVICE)
+    indices = torch.full((len(pre), k), -1, device=DEVICE, dtype=torch.int32)
+    selection.select(pre, bias, values, indices)
+    return values, indices.long()
+
+
+def rows_to_choose_from(n_features: int, dtype: torch.dtype) -> Tensor:
+    """Ordinary, without a positive, all alike, with many ties, with few positives."""
+    pre = torch.randn(5, n_features, generator=torch.Generator().manual_seed(n_features))
+    pre[1] = -pre[1].abs()
+    pre[2] = 1.0
+    pre[3] = pre[3].round()
+    pre[4] = torch.where(torch.arange(n_features) < 2, 0.5, -1.0)
+    return pre.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_features", "k"), [(64, 4), (33, 33), (1000, 1), (100, 7), (1030, 40)])
+def test_select_finds_the_k_largest(n_features: int, k: int, dtype: torch.dtype) -> None:
+    pre = rows_to_choose_from(n_features, dtype)
+    values, indices = chosen(pre, torch.zeros(n_features, device=DEVICE), k)
+    expected = pre.float().sort(dim=1, descending=True).values[:, :k].relu()
+    assert torch.equal(values.sort(dim=1, descending=True).values, expected)
+    assert torch.equal(torch.where(values > 0, pre.float().gather(1, indices), 0.0), values)
+    for row, index in zip(values, indices, strict=True):
+        assert len(set(index[row > 0].tolist())) == int((row > 0).sum())
+
+
+def test_select_adds_the_bias() -> None:
+    pre, bias = torch.zeros(1, 40, device=DEVICE), torch.arange(40.0, device=DEVICE)
+    assert chosen(pre, bias, 3)[1].sort().values.tolist() == [[37, 38, 39]]
+
+
+def test_select_counts_nan_as_largest() -> None:
+    pre = torch.ones(1, 40, device=DEVICE)
+    pre[0, 7] = -torch.nan
+    values, indices = chosen(pre, torch.zeros(40, device=DEVICE), 2)
+    assert int(values.isnan().sum()) == 1 and int(indices[values.isnan()]) == 7
+
+
+def test_select_survives_more_ties_than_it_has_room_for() -> None:
+    pre = torch.ones(2, 600, device=DEVICE)
+    pre[1, 77] = 2.0
+    values, indices = chosen(pre, torch.zeros(600, device=DEVICE), 3)
+    assert values.sort().values.tolist() == [[1, 1, 1], [1, 1, 2]] and 77 in indices[1].tolist()
+    assert all(len(set(row)) == 3 for row in indices.tolist())
+
+
+@pytest.mark.parametrize("widest", [32768, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_features", "k"), [(64, 4), (33, 33), (100, 70)])
+def test_keep_largest_is_select_in_place(
+    n_features: int, k: int, dtype: torch.dtype, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selection, "_WIDEST", widest)
+    pre = rows_to_choose_from(n_features, dtype)
+    codes = torch.full_like(pre, torch.nan)
+    selection.keep_largest(pre, codes, k)
+    values, _ = chosen(pre, torch.zeros(n_features, device=DEVICE), k)
+    assert torch.equal(codes.float().sort(dim=1, descending=True).values[:, :k], values.sort(descending=True).values)
+    assert bool(((codes == pre) | (codes == 0)).all()) and int((codes > 0).sum(dim=1).max()) <= k
+
+
+def test_lists_hold_every_pair_once_in_order() -> None:
+    n_tokens, n_features, k = 70, 12, 5
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.stack([torch.randperm(n_features, generator=generator)[:k] for _ in range(n_tokens)])
+    indices[:, 0] = torch.where((indices == 3).any(dim=1), indices[:, 0], 3)  # a feature that always fires
+    values = torch.rand(n_tokens, k, generator=generator) - 0.2
+    slopes, weights = torch.randn(2, n_tokens, k, generator=generator), torch.rand(n_tokens, generator=generator)
+    lists = feature_lists.list_by_feature(
+        values.to(DEVICE), indices.int().to(DEVICE), slopes.to(DEVICE), weights.to(DEVICE), n_features
+    )
+    expected = [
+        (f, n, float(values[n, j]), float(slopes[:, n, j].sum() * weights[n]))
+        for f in range(n_features)
+        for n in range(n_tokens)
+        for j in range(k)
+        if indices[n, j] == f and values[n, j] > 0
+    ]
+    assert lists.counts.tolist() == [sum(row[0] == f for row in expected) for f in range(n_features)]
+    assert lists.tokens[: len(expected)].tolist() == [row[1] for row in expected]
+    assert lists.values[: len(expected)].tolist() == pytest.approx([row[2] for row in expected])
+    assert lists.slopes[: len(expected)].tolist() == pytest.approx([row[3] for row in expected], abs=1e-6)
+    pieces = [-(-int(count) // 4) - 1 for count in lists.counts]
+    assert [f for f, n in enumerate(pieces) for _ in range(n)] == [f for f in lists.owners.tolist() if f >= 0]
+
+
+def test_weights_of_one_leave_rows_alone() -> None:
+    rows = torch.randn(3, 20, device=DEVICE)
+    expected = rows * torch.tensor([[1.0], [0.5], [1.0]], device=DEVICE)
+    columns.weigh(rows, torch.tensor([1.0, 0.5, 1.0], device=DEVICE))
+    assert torch.equal(rows, expected)
+
+
+class Autograd(NamedTuple):
+    """The step as autograd and torch's Adam make it."""
+
+    sae: SAE
+    optimizer: torch.optim.Adam
+    settings: Settings
+
+    def step(self, tokens: Tensor, dead: Tensor, penalty: float, lr: float) -> Tensor:
+        sae, settings = self.sae, self.settings
+        x = sae.normalise(tokens)
+        run = sae.run(x)
+        squared = squared_errors(x, run)
+        weights = token_weights(squared, settings.clip_tokens)
+        loss = (weights * squared).mean()
+        if isinstance(sae, L1):
+            loss = loss + penalty * run.penalty / sae.l1
+        if len(dead):
+            error = (x - run.recon).detach()
+            loss = loss + settings.aux_coef * aux_error(sae, x, error, dead, settings.aux_k, weights)
+        loss = loss / sae.d_in
+        self.optimizer.zero_grad()
+        loss.backward()
+        sae.remove_parallel_gradient()
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        sae.normalise_rows()
+        return loss.detach()
+
+
+def both(sae: SAE, settings: Settings) -> tuple[Autograd, FusedStep, torch.optim.Adam]:
+    randomised(sae)
+    with torch.no_grad():
+        sae.normalise_rows()
+    sae = sae.to(DEVICE)
+    twin = copy.deepcopy(sae)
+    plain = Autograd(twin, torch.optim.Adam(twin.parameters()), settings)
+    return plain, FusedStep(sae, settings), torch.optim.Adam(sae.parameters(), fused=True)
+
+
+@pytest.mark.parametrize(
+    ("sae", "n_tokens"),
+    [(TopK(20, 12, 3), 34), (L1(20, 24, 0.5), 24), (TopK(16, 24, 10), 18)],
+    ids=["sparse", "L1", "dense TopK"],
+)
+def test_a_step_is_autograds(sae: SAE, n_tokens: int) -> None:
+    """With features that fire on many tokens, clipped tokens, more dead features than aux_k, and a penalty."""
+    settings = Settings(clip_tokens=1.5, aux_k=3, aux_coef=1 / 8, dtype=torch.float32)
+    plain, fused, optimizer = both(sae, settings)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        tokens = 1 + 2 * torch.randn(n_tokens, sae.d_in, generator=generator).to(DEVICE)
+        tokens[3] *= 30
+        dead = torch.randperm(sae.n_features, generator=generator)[: (0, 2, 6)[step]].to(DEVICE)
+        penalty = 0.3 * step if isinstance(sae, L1) else 0.0
+        expected = plain.step(tokens, dead, penalty, 0.01)
+        outcome = fused.forward(tokens, dead, penalty)
+        fused.update(optimizer, 0.01)
+        assert float(outcome.loss) == pytest.approx(float(expected), rel=1e-5)
+    fused.settle()
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(sae.n_features, device=DEVICE), atol=1e-6)
+    for (name, ours), theirs in zip(sae.named_parameters(), plain.sae.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-4), name
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.allclose(
+                optimizer.state[ours][moment], plain.optimizer.state[theirs][moment], rtol=1e-3, atol=1e-5
+            ), (name, moment)
+    codes = sae.activate(sae.project(sae.normalise(tokens)))
+    again = fused.forward(tokens, dead, penalty)
+    assert torch.equal(again.fired, (codes > 0).sum(dim=0).float())
+    assert float(again.l0) == pytest.approx(float((codes > 0).sum(dim=1).float().mean()))
+
+
+@pytest.mark.parametrize("sae", [TopK(16, 8, 3), L1(16, 8, 0.5)])
+def test_a_token_that_is_not_finite_changes_nothing(sae: SAE) -> None:
+    _, fused, optimizer = both(sae, Settings(dtype=torch.float32))
+    dead = torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    tokens = torch.randn(9, 16, device=DEVICE)
+    fused.forward(tokens, dead)
+    fused.update(optimizer, 0.01)
+    fused.settle()
+    before = copy.deepcopy((sae.state_dict(), optimizer.state_dict()["state"]))
+    tokens[5, 2] = torch.nan
+    outcome = fused.forward(tokens, dead)
+    fused.update(optimizer, 0.01)
+    fused.settle()
+    assert not bool(outcome.loss.isfinite())
+    for name, value in sae.state_dict().items():
+        assert torch.equal(value, before[0][name]), name
+    for index, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before[1][index][name]) for name, value in state.items())
+
+
+def test_other_kinds_are_refused() -> None:
+    with pytest.raises(TypeError, match="knows L1 and TopK without groups"):
+        FusedStep(TopK(8, 16, 2, groups=[4, 16]), Settings())

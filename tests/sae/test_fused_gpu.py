@@ -1,0 +1,97 @@
+"""The hand-made training step on a GPU, at sizes where features fire on thousands of tokens."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+pytest.importorskip("triton")
+
+from fluxsae.sae import L1, SAE, TopK
+from fluxsae.sae.dead import aux_error
+from fluxsae.sae.fused import FusedStep, Settings
+from fluxsae.sae.objective import squared_errors, token_weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+D_IN, N_FEATURES, N_TOKENS = 512, 4000, 8192
+KINDS: dict[str, Any] = {"sparse": (TopK, 32), "dense TopK": (TopK, 200), "L1": (L1, 0.1)}
+
+
+def skewed_tokens(n_tokens: int, generator: torch.Generator) -> Tensor:
+    """Sums of a few of 2,048 directions, the first of which are in half of all tokens, and noise."""
+    directions = normalize(
+        torch.randn(2048, D_IN, generator=torch.Generator("cuda").manual_seed(1), device="cuda"), dim=1
+    )
+    share = (40 / torch.arange(1, 2049, device="cuda")).clamp(max=0.5)
+    codes = (torch.rand(n_tokens, 2048, generator=generator, device="cuda") < share).float()
+    noise = torch.randn(n_tokens, D_IN, generator=generator, device="cuda")
+    return (3 * codes @ directions + 0.05 * noise).bfloat16()
+
+
+def train(sae: SAE, graphs: bool, n_steps: int = 12) -> tuple[SAE, list[float]]:
+    """A few steps, with partial batches and changing numbers of dead features, some of them more than AuxK uses."""
+    sae = copy.deepcopy(sae).to("cuda")
+    fused = FusedStep(sae, Settings(aux_k=256, aux_coef=1 / 32, graphs=graphs))
+    optimizer = torch.optim.Adam(sae.parameters(), fused=True)
+    generator = torch.Generator("cuda").manual_seed(0)
+    losses, dead = [], torch.zeros(0, dtype=torch.int64, device="cuda")
+    for step in range(n_steps):
+        if step % 3 == 2:
+            dead = torch.arange((0, 100, 1500, 101)[step // 3 % 4], device="cuda")
+        outcome = fused.forward(skewed_tokens(700 if step % 5 == 4 else N_TOKENS, generator), dead, 0.01)
+        fused.update(optimizer, 1e-3)
+        losses.append(float(outcome.loss))
+    fused.settle()
+    return sae, losses
+
+
+def by_autograd(sae: SAE, n_steps: int = 12) -> tuple[SAE, list[float]]:
+    """The same steps in float32."""
+    sae = copy.deepcopy(sae).to("cuda")
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3)
+    generator = torch.Generator("cuda").manual_seed(0)
+    losses, dead = [], torch.zeros(0, dtype=torch.int64, device="cuda")
+    for step in range(n_steps):
+        if step % 3 == 2:
+            dead = torch.arange((0, 100, 1500, 101)[step // 3 % 4], device="cuda")
+        x = sae.normalise(skewed_tokens(700 if step % 5 == 4 else N_TOKENS, generator))
+        run = sae.run(x)
+        squared = squared_errors(x, run)
+        weights = token_weights(squared, 10.0)
+        loss = (weights * squared).mean() + (0.01 * run.penalty / sae.l1 if isinstance(sae, L1) else 0.0)
+        if len(dead):
+            loss = loss + aux_error(sae, x, (x - run.recon).detach(), dead, 256, weights) / 32
+        optimizer.zero_grad()
+        (loss / D_IN).backward()
+        sae.remove_parallel_gradient()
+        optimizer.step()
+        sae.normalise_rows()
+        losses.append(float(loss.detach()) / D_IN)
+    return sae, losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_autograds_to_rounding(kind: str) -> None:
+    make, option = KINDS[kind]
+    sae = make(D_IN, N_FEATURES, option, seed=0)
+    ours, losses = train(sae, graphs=False)
+    theirs, expected = by_autograd(sae)
+    assert losses == pytest.approx(expected, rel=0.02)
+    for (name, value), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert float((value - other).norm() / other.norm()) < 0.1, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_repeat_what_they_recorded(kind: str) -> None:
+    """Steps by graphs and steps without end at the same weights, to the bit."""
+    make, option = KINDS[kind]
+    sae = make(D_IN, N_FEATURES, option, seed=0)
+    recorded, plain = train(sae, graphs=True), train(sae, graphs=False)
+    assert recorded[1] == plain[1]
+    assert all(torch.equal(a, b) for a, b in zip(recorded[0].parameters(), plain[0].parameters(), strict=True))

@@ -17,16 +17,19 @@ import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from fluxsae.features import Selection
+from fluxsae.mixing import WHOLE, Feed, MixedTokens, Part
+from fluxsae.processes import Processes
 from fluxsae.shards.format import SampleRecord, Statistics
 from fluxsae.shards.read import ShardSet
+from fluxsae.shards.rows import RowReader, Rows
 from fluxsae.spec import CaptureSpec
 
 _ADVICE = (
     r"Your `IterableDataset` has `__len__` defined",  # ours counts what each worker yields
-    r"The '\w+' does not have many workers",  # shards are memory-mapped: narrow tokens need none
+    r"The '\w+' does not have many workers",  # training reads with threads; the rest is memory-mapped
 )
 """What Lightning warns of for any loader like these, and why it does not hold here."""
 
@@ -36,16 +39,6 @@ class TokenBatch(NamedTuple):
 
     tokens: Float[Tensor, "B T D"]
     images: Int[Tensor, "B"]
-
-
-class Part(NamedTuple):
-    """Which of `of` equal shares of the work this is."""
-
-    rank: int
-    of: int
-
-
-WHOLE = Part(0, 1)
 
 
 class Split(NamedTuple):
@@ -66,9 +59,12 @@ class ActivationData(LightningDataModule):
         batch_size: tokens a batch in training, validation and testing.
         images_per_batch: images a batch in prediction.
         val_fraction: share of the prompts to hold out for validation and testing.
-        buffer_images: images whose tokens are in memory and mixed at a time.
+        buffer_images: images whose tokens are in memory and mixed at a time. Memory for twice as many is taken.
         seed: decides the order of the training tokens, with the epoch.
-        num_workers: processes that read ahead.
+        num_workers: processes that read ahead in validation, testing and prediction.
+        readers: threads that read ahead in training; by default 2, and 8 for a device buffer.
+        device_buffer: mix training tokens in the memory of a CUDA device, where they go as they are stored. By
+            default where there is one and the buffer takes at most half of its free memory. It changes no order.
         only: predict only the images that this selection shows.
     """
 
@@ -81,11 +77,13 @@ class ActivationData(LightningDataModule):
         buffer_images: int = 1024,
         seed: int = 0,
         num_workers: int = 0,
+        readers: int | None = None,
+        device_buffer: bool | None = None,
         only: Selection | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("images_per_batch", images_per_batch)):
-            if value < 1:
+        for name, value in (("batch_size", batch_size), ("images_per_batch", images_per_batch), ("readers", readers)):
+            if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1.")
         if buffer_images < 1 or not 0 < val_fraction < 1:
             raise ValueError(
@@ -99,7 +97,10 @@ class ActivationData(LightningDataModule):
         self.buffer_images = buffer_images
         self.seed = seed
         self.num_workers = num_workers
+        self.readers = readers
+        self.device_buffer = device_buffer
         self.only = only
+        self.feed = Feed()
 
     @cached_property
     def shard_set(self) -> ShardSet:
@@ -136,9 +137,11 @@ class ActivationData(LightningDataModule):
                     f"of {self.shards}; use fewer processes or capture more prompts."
                 )
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
+    def train_dataloader(self) -> DataLoader[Rows]:
+        """The training tokens as they are stored, which `on_after_batch_transfer` decodes."""
         if self.trainer is not None:
             _close_epoch(self.trainer)
+        device = self._device
         tokens = MixedTokens(
             self.shard_set,
             self.split.train,
@@ -146,9 +149,13 @@ class ActivationData(LightningDataModule):
             buffer_images=self.buffer_images,
             seed=self.seed,
             part=self._part,
-            num_workers=self.num_workers,
+            readers=self.readers or (2 if device is None else 8),
+            device=device,
+            feed=self.feed,
         )
-        return _ResumableLoader(tokens, progress=self._progress, **self._loading)
+        return _ResumableLoader(
+            tokens, progress=self._progress, pin_memory=device is None and torch.cuda.is_available()
+        )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
         share = self.split.held_out[self._part.rank :: self._part.of]
@@ -163,10 +170,28 @@ class ActivationData(LightningDataModule):
         begin, end = (len(images) * (self._part.rank + i) // self._part.of for i in (0, 1))
         return DataLoader(WholeImages(self.shard_set, images[begin:end], self.images_per_batch), **self._loading)
 
+    def on_after_batch_transfer(self, batch: Rows | Tensor | TokenBatch, dataloader_idx: int) -> Tensor | TokenBatch:
+        """Decode training tokens where they are trained on, so that fp8 travels there as it is stored."""
+        return batch.decoded() if isinstance(batch, Rows) else batch
+
     @property
     def _part(self) -> Part:
-        trainer = self.trainer
-        return WHOLE if trainer is None else Part(trainer.global_rank, trainer.world_size)
+        if self.trainer is None:
+            return WHOLE
+        processes = Processes.of(self.trainer)
+        return Part(processes.rank, processes.n)
+
+    @property
+    def _device(self) -> torch.device | None:
+        """The device that training tokens are mixed on, None for host memory. ValueError where none can be."""
+        root = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if self.device_buffer and root.type != "cuda":
+            raise ValueError(f"device_buffer is true but the training runs on {root}; it needs a CUDA device.")
+        if self.device_buffer is None and root.type == "cuda":
+            n_tokens = min(self.buffer_images, len(self.split.train)) * self.spec.n_tokens
+            needed = 2 * RowReader(self.shard_set).format.n_bytes(n_tokens)
+            return root if needed <= torch.cuda.mem_get_info(root)[0] // 2 else None
+        return root if self.device_buffer else None
 
     def _progress(self) -> Progress:
         if self.trainer is None:
@@ -201,69 +226,6 @@ def _position(prompt: str) -> float:
     # A hash of more than the text alone: prompts may themselves have been chosen by a hash of their text.
     digest = hashlib.sha256(f"held-out prompts\n{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-class MixedTokens(IterableDataset[Tensor]):
-    """Batches [B, D] of training tokens, each token once an epoch, in an order that (seed, epoch) decides.
-
-    The images are permuted; `buffer_images` at a time are loaded and their tokens mixed; what does not fill a batch
-    waits for the next ones. With several processes all end after the same number of batches, so a few tokens of the
-    longer shares go unseen in an epoch.
-    """
-
-    def __init__(
-        self,
-        shards: ShardSet,
-        images: Sequence[int],
-        *,
-        batch_size: int,
-        buffer_images: int = 1024,
-        seed: int = 0,
-        part: Part = WHOLE,
-        num_workers: int = 0,
-    ) -> None:
-        self.shards = shards
-        self.images = list(images)
-        self.batch_size = batch_size
-        self.buffer_images = buffer_images
-        self.seed = seed
-        self.part = part
-        self.epoch = 0
-        # The smallest process's count, at which all stop; a worker takes its share of its process's images.
-        n_images, n_workers = len(self.images) // part.of, max(1, num_workers)
-        self._batches = [
-            -(-len(range(worker, n_images, n_workers)) * shards.spec.n_tokens // batch_size)
-            for worker in range(n_workers)
-        ]
-
-    def __len__(self) -> int:
-        return sum(self._batches)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        worker = get_worker_info()
-        index, n_workers = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch, 0))
-        order = torch.randperm(len(self.images), generator=generator).tolist()
-        mine = order[self.part.rank :: self.part.of][index::n_workers]
-        generator.manual_seed(_mix(self.seed, self.epoch, 1 + self.part.rank * n_workers + index))
-        batches = self._batch([self.images[i] for i in mine], generator)
-        for _, batch in zip(range(self._batches[index]), batches, strict=False):
-            yield batch
-
-    def _batch(self, images: list[int], generator: torch.Generator) -> Iterator[Tensor]:
-        waiting: Tensor | None = None
-        for start in range(0, len(images), self.buffer_images):
-            buffer = self.shards.tokens_batch(images[start : start + self.buffer_images]).flatten(0, 1)
-            order = torch.randperm(len(buffer), generator=generator)
-            while len(order) + (0 if waiting is None else len(waiting)) >= self.batch_size:
-                n_new = self.batch_size - (0 if waiting is None else len(waiting))
-                new, order = buffer[order[:n_new]], order[n_new:]
-                yield new if waiting is None else torch.cat([waiting, new])
-                waiting = None
-            rest = buffer[order]
-            waiting = rest if waiting is None else torch.cat([waiting, rest])
-        if waiting is not None and len(waiting):
-            yield waiting
 
 
 class OrderedTokens(IterableDataset[Tensor]):
@@ -313,26 +275,23 @@ class Progress(NamedTuple):
     batches: int
 
 
-class _ResumableLoader(DataLoader[Tensor]):
+class _ResumableLoader(DataLoader[Rows]):
     """Tells its dataset the epoch before each pass (Lightning does so for samplers only), and keeps its place.
 
     Lightning saves and restores the state of a loader that has one. The first pass after that goes on behind the
-    batches that were done.
+    batches that were done, without reading those.
     """
 
-    def __init__(self, *arguments: Any, progress: Callable[[], Progress], **loading: Any) -> None:
-        super().__init__(*arguments, **loading)
+    def __init__(self, tokens: Dataset[Rows], *, progress: Callable[[], Progress], pin_memory: bool) -> None:
+        super().__init__(tokens, batch_size=None, pin_memory=pin_memory)
         self._progress = progress
         self._skip = 0
 
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, MixedTokens)
         self.dataset.epoch = self._progress().epoch
-        batches = super().__iter__()
-        for _ in range(self._skip):
-            next(batches)
-        self._skip = 0
-        return batches
+        self.dataset.n_skipped, self._skip = self._skip, 0
+        return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
         return {"batches": self._progress().batches}
@@ -357,9 +316,3 @@ def _close_epoch(trainer: Trainer) -> None:
     loop.epoch_loop._batches_that_stepped += 1
     epochs.increment_processed()
     epochs.increment_completed()
-
-
-def _mix(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, unlike for neighbouring ones."""
-    digest = hashlib.sha256(" ".join(map(str, numbers)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from fluxsae.activations import ActivationData, MixedTokens, Part, split_by_prompt
 from fluxsae.features import Selection, update_features
+from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet
+from fluxsae.shards.format import Storage
+from fluxsae.shards.rows import Rows
+from fluxsae.training import SAETraining
 from tests.synthetic import records, token_shards
 
 
@@ -25,9 +28,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return token_shards(tmp_path_factory.mktemp("tokens"), 12, 2, storage="fp32")
 
 
-def keys(tokens: Tensor) -> list[float]:
+def keys(batch: Rows | Tensor) -> list[float]:
     """What tells one synthetic token from another."""
-    return tokens[:, 0].tolist()
+    return (batch.decoded() if isinstance(batch, Rows) else batch)[:, 0].tolist()
 
 
 def all_keys(shards: ShardSet, images: list[int]) -> Counter[float]:
@@ -71,7 +74,8 @@ def test_each_token_comes_once_an_epoch(
     data = MixedTokens(shards, images, batch_size=batch_size, buffer_images=buffer_images, seed=seed)
     batches = list(data)
     assert len(batches) == len(data)
-    assert all(len(batch) == batch_size for batch in batches[:-1]) and 0 < len(batches[-1]) <= batch_size
+    sizes = [len(batch.tokens) for batch in batches]
+    assert all(size == batch_size for size in sizes[:-1]) and 0 < sizes[-1] <= batch_size
     assert Counter(key for batch in batches for key in keys(batch)) == all_keys(shards, images)
 
 
@@ -101,14 +105,6 @@ def test_processes_share_the_images_and_end_together(shards: ShardSet) -> None:
     assert max(seen.values()) == 1 and seen <= all_keys(shards, images)
 
 
-def test_workers_lose_nothing(shards: ShardSet) -> None:
-    data = MixedTokens(shards, range(23), batch_size=40, num_workers=2)
-    loader = DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork")
-    batches = list(loader)
-    assert len(batches) == len(data) == len(loader)
-    assert Counter(key for batch in batches for key in keys(batch)) == all_keys(shards, list(range(23)))
-
-
 def test_training_and_validation_part_the_tokens(shards: ShardSet) -> None:
     data = ActivationData(shards.folder, batch_size=64, val_fraction=0.3)
     data.setup("fit")
@@ -116,6 +112,34 @@ def test_training_and_validation_part_the_tokens(shards: ShardSet) -> None:
     held_out = Counter(key for batch in data.val_dataloader() for key in keys(batch))
     assert not train & held_out and train + held_out == all_keys(shards, list(range(24)))
     assert data.d_in == 16 and data.spec == shards.spec and data.statistics.n_tokens == 24 * 16
+
+
+class Keep(Callback):
+    """Keeps the batches that a training is given."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Tensor, batch_idx: int) -> None:
+        self.batches.append(batch.clone())
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp32", "fp8"])
+def test_a_training_is_given_what_was_captured(tmp_path: Path, storage: Storage) -> None:
+    shards, keep = token_shards(tmp_path / "tokens", 12, 2, storage=storage), Keep()
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[keep],
+    )
+    data = ActivationData(shards.folder, batch_size=50)
+    trainer.fit(SAETraining(TopK(16, 24, 4), tmp_path / "sae"), data)
+    assert Counter(key for batch in keep.batches for key in keys(batch)) == all_keys(shards, data.split.train)
 
 
 def test_prediction_gives_every_image_in_order(shards: ShardSet) -> None:
@@ -133,7 +157,7 @@ def test_prediction_of_a_selection(shards: ShardSet, tmp_path: Path) -> None:
     assert [batch.images.tolist() for batch in data.predict_dataloader()] == [[3, 9, 20]]
 
 
-@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"val_fraction": 1.0}, {"buffer_images": 0}])
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"val_fraction": 1.0}, {"buffer_images": 0}, {"readers": 0}])
 def test_impossible_arguments_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         ActivationData(Path("anywhere"), **arguments)  # type: ignore[arg-type]
@@ -144,13 +168,15 @@ def test_a_missing_folder_ends_the_run_at_setup(tmp_path: Path) -> None:
         ActivationData(tmp_path / "nowhere").setup("fit")
 
 
-def test_more_processes_than_held_out_images_are_refused(shards: ShardSet) -> None:
+def test_more_processes_than_held_out_images_are_refused(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ActivationData(shards.folder, val_fraction=0.1)
+    data.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     n_held_out = len(data.split.held_out)
-    for world_size in (n_held_out, n_held_out + 1):
-        data.trainer = SimpleNamespace(global_rank=0, world_size=world_size)  # type: ignore[assignment]
+    for n in (n_held_out, n_held_out + 1):
+        share = {"rank": 0, "num_replicas": n}
+        monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", property(lambda _, share=share: share))
         data.setup("predict")
-        if world_size == n_held_out:
+        if n == n_held_out:
             data.setup("fit")
     with pytest.raises(ValueError, match=f"{n_held_out + 1} processes cannot share the {n_held_out} images"):
         data.setup("fit")

@@ -1,4 +1,4 @@
-"""Reads a shard set with random access: tars are memory-mapped, members found by hopping from header to header.
+"""Reads a shard set with random access.
 
 Legend: B images, T tokens an image, D width.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import mmap
-import re
 import warnings
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -21,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.shards.encoding import decode_tokens
+from fluxsae.shards.encoding import Layout, decode_tokens, find_tokens
 from fluxsae.shards.format import (
     IMAGE,
     RECORD,
@@ -34,19 +33,19 @@ from fluxsae.shards.format import (
     read_metadata,
     sample_key,
 )
+from fluxsae.shards.tar import File, Member, Tar, index_tar, open_tar
 from fluxsae.spec import CaptureSpec, GenerationSpec
 
-_BLOCK = 512
 _MAPS = 128
-"""Shards mapped at once: each map holds a file descriptor, and a process has about a thousand."""
+"""Shards open at once: each holds two file descriptors, and a process has about a thousand."""
 
 
-class Member(NamedTuple):
-    """Where a member's bytes lie in its tar."""
+class Stored(NamedTuple):
+    """Where the tokens of an image are stored: a member that starts at `start` of `file`, and what lies in it."""
 
-    name: str
+    file: File
     start: int
-    size: int
+    layout: Layout
 
 
 class ShardSet:
@@ -58,8 +57,9 @@ class ShardSet:
     def __init__(self, folder: Path, metadata: ShardMetadata) -> None:
         self.folder = folder
         self.metadata = metadata
+        self._n_images = metadata.n_images
         self._first = [shard.first_image for shard in metadata.shards]
-        self._maps: dict[int, mmap.mmap] = {}
+        self._tars: dict[int, Tar] = {}
         self._indices: dict[int, dict[str, Member]] = {}
 
     @classmethod
@@ -79,10 +79,10 @@ class ShardSet:
         return cls(folder, metadata)
 
     def __len__(self) -> int:
-        return self.metadata.n_images
+        return self._n_images
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_tars": {}}
 
     @property
     def generation(self) -> GenerationSpec:
@@ -117,10 +117,28 @@ class ShardSet:
             tokens = decode_tokens(self._map(shard), member.start, member.size)
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(shard, member.name, str(error)) from error
-        shape = (self.spec.n_tokens, self.statistics.mean.numel())
-        if tokens.shape != shape:
-            raise self._damaged(shard, member.name, f"its tokens have shape {list(tokens.shape)}, expected {shape}")
+        self._check_shape(shard, member, tuple(tokens.shape))
         return tokens
+
+    def stored_tokens(self, image: int) -> Stored:
+        """Where the tokens of one image lie. ValueError for a damaged one, as from `tokens`."""
+        shard, member = self._member(image, TOKENS)
+        try:
+            layout = find_tokens(self._map(shard), member.start, member.size)
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(shard, member.name, str(error)) from error
+        self._check_shape(shard, member, layout.shape)
+        return Stored(self._tar(shard).file, member.start, layout)
+
+    def _check_shape(self, shard: int, member: Member, found: tuple[int, ...]) -> None:
+        if found != self._token_shape:
+            raise self._damaged(
+                shard, member.name, f"its tokens have shape {list(found)}, expected {self._token_shape}"
+            )
+
+    @cached_property
+    def _token_shape(self) -> tuple[int, int]:
+        return (self.spec.n_tokens, self.statistics.mean.numel())
 
     def tokens_batch(self, images: Sequence[int]) -> Float[Tensor, "B T D"]:
         """The tokens of several images, copied into one tensor."""
@@ -181,77 +199,23 @@ class ShardSet:
         return shard, self._indices[shard][name]
 
     def _map(self, shard: int) -> mmap.mmap:
-        if shard not in self._maps:
-            if len(self._maps) >= _MAPS:
-                del self._maps[next(iter(self._maps))]  # tensors that share its memory keep the map itself alive
-            self._maps[shard] = self._open_map(self._entry(shard))
-        return self._maps[shard]
+        return self._tar(shard).map
 
-    def _open_map(self, entry: ShardEntry) -> mmap.mmap:
-        path = self.folder / entry.name
-        tar = map_tar(path)
-        if len(tar) != entry.bytes:
-            where = _last_member(tar, path)
-            raise ValueError(
-                f"{path} has {len(tar)} bytes, expected {entry.bytes} ({where}); restore it or capture again."
-            )
-        return tar
+    def _tar(self, shard: int) -> Tar:
+        if shard not in self._tars:
+            if len(self._tars) >= _MAPS:
+                del self._tars[next(iter(self._tars))]  # tensors that share its memory keep the map itself alive
+            self._tars[shard] = open_tar(self.folder / self._entry(shard).name, self._entry(shard).bytes)
+        return self._tars[shard]
 
     def _entry(self, shard: int) -> ShardEntry:
         return self.metadata.shards[shard]
 
+    def damaged(self, image: int, why: str) -> ValueError:
+        """What to raise for an image whose tokens turn out to be damaged."""
+        shard, member = self._member(image, TOKENS)
+        return self._damaged(shard, member.name, why)
+
     def _damaged(self, shard: int, member: str, why: str) -> ValueError:
         path = self.folder / self._entry(shard).name
         return ValueError(f"{path}: member {member} is damaged: {why}; restore the file or capture again.")
-
-
-def map_tar(path: Path) -> mmap.mmap:
-    """A tar mapped into memory, copy-on-write: torch takes only writable buffers, and nothing here reaches the file.
-
-    FileNotFoundError when it is missing, ValueError when it is empty.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; restore it or capture again.")
-    with path.open("rb") as file:
-        if file.seek(0, io.SEEK_END) == 0:
-            raise ValueError(f"{path} is empty; restore it or capture again.")
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-
-def index_tar(tar: mmap.mmap, path: Path) -> dict[str, Member]:
-    """The members of a plain (ustar) tar by name. ValueError naming file and member where damaged or cut short."""
-    members: dict[str, Member] = {}
-    offset, last = 0, "the start"
-    while tar[offset : offset + _BLOCK].strip(b"\0"):
-        header = tar[offset : offset + _BLOCK]
-        if len(header) < _BLOCK or not _checks(header):
-            raise ValueError(f"{path} is damaged after {last}, at byte {offset}; restore it or capture again.")
-        name = b"/".join(part.rstrip(b"\0") for part in (header[345:500], header[:100]) if part.strip(b"\0"))
-        size = header[124:136].rstrip(b" \0")
-        last = f"member {name.decode(errors='replace')}"
-        if header[156:157] not in (b"0", b"\0") or not re.fullmatch(rb"[0-7]+", size):
-            raise ValueError(f"{path}: {last} is no plain file of a plain size; restore the file or capture again.")
-        member = Member(name.decode(errors="replace"), offset + _BLOCK, int(size, 8))
-        if member.start + member.size > len(tar):
-            raise ValueError(f"{path} is cut short in {last}; restore it or capture again.")
-        if member.name in members:
-            raise ValueError(f"{path} has {last} twice; restore it or capture again.")
-        members[member.name] = member
-        offset = member.start + -(-member.size // _BLOCK) * _BLOCK
-    return members
-
-
-def _checks(header: bytes) -> bool:
-    try:
-        expected = int(header[148:156].strip(b" \0"), 8)
-    except ValueError:
-        return False
-    return sum(header[:148]) + sum(header[156:]) + 8 * ord(" ") == expected
-
-
-def _last_member(tar: mmap.mmap, path: Path) -> str:
-    try:
-        members = index_tar(tar, path)
-    except ValueError as error:
-        return str(error).partition(";")[0].removeprefix(f"{path} ")
-    return f"its last member is {list(members)[-1]}" if members else "it has no member"

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxsae.shards import ShardSet, ShardWriter
-from fluxsae.shards.encoding import decode_tokens, encode_tokens
+from fluxsae.shards.encoding import decode_fp8, decode_tokens, encode_tokens
 from fluxsae.shards.format import METADATA, Storage
 from tests.synthetic import capture_spec, dictionary, draw, generation_spec, image_shards, records, token_shards
 
@@ -39,6 +39,29 @@ def test_tokens_survive_encoding(storage: Storage, n_tokens: int, d_in: int, exp
 def test_fp8_of_a_zero_token_is_zero() -> None:
     data = bytearray(encode_tokens(torch.zeros(2, 3), "fp8"))
     assert torch.equal(decode_tokens(data, 0, len(data)).float(), torch.zeros(2, 3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 9),
+    st.lists(st.sampled_from([2.0**-90, 2.0**-9, 0.5, 1.0, 4.0, 2.0**40, 0.3]), min_size=1),
+)
+def test_decoding_fp8_is_the_product_for_every_code(n_tokens: int, d_in: int, scales: list[float]) -> None:
+    generator = torch.Generator().manual_seed(n_tokens)
+    codes = torch.randint(0, 256, (n_tokens, d_in), dtype=torch.uint8, generator=generator).view(torch.float8_e4m3fn)
+    scale = torch.tensor([scales[i % len(scales)] for i in range(n_tokens)])
+    expected = (codes.float() * scale[:, None]).to(torch.bfloat16)
+    assert torch.equal(decode_fp8(codes, scale).nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.equal(decode_fp8(codes, scale).isnan(), expected.isnan())
+
+
+def test_every_pair_of_fp8_codes_is_decoded() -> None:
+    codes = torch.arange(2**16).to(torch.int32).view(torch.uint8).view(-1, 4)[:, :2].contiguous()
+    tokens = codes.view(torch.float8_e4m3fn)
+    decoded, expected = decode_fp8(tokens, torch.full((2**16,), 0.25)), (tokens.float() / 4).to(torch.bfloat16)
+    assert torch.equal(decoded.view(torch.int16)[~expected.isnan()], expected.view(torch.int16)[~expected.isnan()])
+    assert torch.equal(decoded.isnan(), expected.isnan()) and int(expected.isnan().sum()) == 4 * 256 - 4 + 4
 
 
 @pytest.mark.parametrize("storage", ["fp32", "bf16", "fp8"])

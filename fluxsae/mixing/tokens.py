@@ -1,0 +1,107 @@
+"""The stream of training tokens.
+
+Legend: B batch, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from fluxsae.mixing.device import DeviceMixing
+from fluxsae.mixing.host import HostMixing
+from fluxsae.mixing.order import WHOLE, Part, draw_chunks
+from fluxsae.shards.read import ShardSet
+from fluxsae.shards.rows import RowReader, Rows
+
+
+class Feed:
+    """What a training has been given so far: bytes as they are stored, and the seconds that it waited for them."""
+
+    def __init__(self) -> None:
+        self.n_bytes = 0
+        self.waited = 0.0
+
+
+class MixedTokens(IterableDataset[Rows]):
+    """Batches [B, D] of training tokens as they are stored, each once an epoch, in an order that (seed, epoch) decides.
+
+    The images are permuted; `buffer_images` at a time are loaded and their tokens mixed, while the next ones are
+    read; what does not fill a batch waits for them. With several processes all end after the same number of batches,
+    so a few tokens of the longer shares go unseen in an epoch.
+
+    How many threads read, and whether tokens are mixed on a `device` or (None) in host memory, leaves the order as it
+    is. In host memory a batch is a view: it must not be written to.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        images: Sequence[int],
+        *,
+        batch_size: int,
+        buffer_images: int = 1024,
+        seed: int = 0,
+        part: Part = WHOLE,
+        readers: int = 2,
+        device: torch.device | None = None,
+        feed: Feed | None = None,
+    ) -> None:
+        self.shards = shards
+        self.images = list(images)
+        self.batch_size = batch_size
+        self.buffer_images = buffer_images
+        self.seed = seed
+        self.part = part
+        self.readers = readers
+        self.device = device
+        self.feed = Feed() if feed is None else feed
+        self.epoch = 0
+        self.n_skipped = 0
+        self._mixing: HostMixing | DeviceMixing | None = None
+
+    def __len__(self) -> int:
+        # The smallest process's count, at which all stop.
+        return -(-(len(self.images) // self.part.of) * self.shards.spec.n_tokens // self.batch_size)
+
+    def __iter__(self) -> Iterator[Rows]:
+        """The batches of `epoch` behind the first `n_skipped`; what those alone need is not read."""
+        if get_worker_info() is not None:
+            raise ValueError(f"MixedTokens reads with {self.readers} threads of its own; load it without workers.")
+        chunks = draw_chunks(
+            self.images,
+            self.shards.spec.n_tokens,
+            images_at_once=self.buffer_images,
+            seed=self.seed,
+            epoch=self.epoch,
+            part=self.part,
+            n_skipped=self.n_skipped * self.batch_size,
+        )
+        return self._timed(islice(self.mixing.batches(chunks), len(self) - self.n_skipped))
+
+    @property
+    def mixing(self) -> HostMixing | DeviceMixing:
+        """Where tokens are mixed. In host memory it is kept from epoch to epoch."""
+        if self._mixing is None:
+            reader = RowReader(self.shards)
+            n_images = min(self.buffer_images, len(self.images[self.part.rank :: self.part.of]))
+            if self.device is None:
+                self._mixing = HostMixing(reader, n_images, self.batch_size, self.readers)
+            else:
+                self._mixing = DeviceMixing(reader, n_images, self.batch_size, self.readers, self.device)
+        return self._mixing
+
+    def _timed(self, batches: Iterator[Rows]) -> Iterator[Rows]:
+        row_bytes = self.mixing.reader.format.row_bytes
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.feed.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.feed.n_bytes += len(batch.tokens) * row_bytes
+            yield batch

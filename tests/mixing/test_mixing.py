@@ -1,0 +1,240 @@
+"""Mixing in host memory and on a device: the same tokens in the same order, and memory that nobody loses."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fluxsae.activations import ActivationData
+from fluxsae.mixing import WHOLE, MixedTokens, Part
+from fluxsae.mixing.memory import Recycled
+from fluxsae.mixing.order import draw_chunks
+from fluxsae.shards import ShardSet
+from fluxsae.shards.format import Storage
+from fluxsae.shards.rows import Rows
+from tests.synthetic import token_shards
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", max(0, torch.cuda.device_count() - 1))
+"""The last one: threads begin with the first as theirs."""
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+DEVICES = [None, CPU, pytest.param(GPU, marks=ON_GPU)]
+
+
+@pytest.fixture(scope="module", params=["bf16", "fp32", "fp8"])
+def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return token_shards(tmp_path_factory.mktemp("tokens"), 12, 2, storage=request.param)
+
+
+def plain_order(shards: ShardSet, n_images: int, buffer_images: int, part: Part = WHOLE) -> Tensor:
+    """The tokens in the order that the chunks tell, one after the other."""
+    chunks = draw_chunks(
+        range(n_images), shards.spec.n_tokens, images_at_once=buffer_images, seed=3, epoch=1, part=part
+    )
+    return torch.cat([shards.tokens_batch(chunk.images).flatten(0, 1)[chunk.order] for chunk in chunks])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n_images=st.integers(3, 24),
+    batch_size=st.integers(1, 100),
+    buffer_images=st.integers(1, 30),
+    rank=st.integers(0, 2),
+    readers=st.integers(1, 3),
+    on_device=st.booleans(),
+    n_skipped=st.integers(0, 5),
+)
+def test_the_order_is_the_plain_one_however_it_is_read(
+    shards: ShardSet,
+    n_images: int,
+    batch_size: int,
+    buffer_images: int,
+    rank: int,
+    readers: int,
+    on_device: bool,
+    n_skipped: int,
+) -> None:
+    part = Part(rank, 3)
+    data = MixedTokens(
+        shards,
+        range(n_images),
+        batch_size=batch_size,
+        buffer_images=buffer_images,
+        seed=3,
+        part=part,
+        readers=readers,
+        device=CPU if on_device else None,
+    )
+    data.epoch, data.n_skipped = 1, min(n_skipped, len(data))
+    expected = plain_order(shards, n_images, buffer_images, part).split(batch_size)[: len(data)]
+    batches = list(data)  # all held at a time: none may be written over
+    assert len(batches) == len(data) - data.n_skipped
+    for batch, wanted in zip(batches, expected[data.n_skipped :], strict=True):
+        assert torch.equal(batch.decoded(), wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_batch_stays_while_the_next_is_asked_for(shards: ShardSet, device: torch.device | None) -> None:
+    data = MixedTokens(shards, range(24), batch_size=40, buffer_images=3, seed=3, device=device)
+    expected = iter(plain_order(shards, 24, 3).split(40))
+    data.epoch = 1
+    last: Rows | None = None
+    for batch in data:
+        assert last is None or torch.equal(last.decoded().cpu(), next(expected))
+        last = batch
+    assert data.feed.n_bytes == 24 * 16 * data.mixing.reader.format.row_bytes and data.feed.waited > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("storage", ["bf16", "fp32", "fp8"])
+def test_a_gpu_mixes_as_the_host_does(tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With slots that are used many times over, and a device that is busy with other things and far behind the host."""
+    monkeypatch.setattr("fluxsae.mixing.device._SLOT", 2**18)
+    shards = token_shards(tmp_path, 40, 2, size=256, d_in=256, storage=storage)
+    host, gpu = (
+        MixedTokens(shards, range(80), batch_size=300, buffer_images=23, readers=4, device=device)
+        for device in (None, GPU)
+    )
+    for epoch in range(3):
+        host.epoch = gpu.epoch = epoch
+        found = []
+        for batch in gpu:
+            with torch.cuda.device(GPU):
+                torch.cuda._sleep(3_000_000)  # cycles: longer than it takes to read what a batch holds
+            found.append(batch.decoded())
+        for batch, wanted in zip(found, host, strict=True):
+            assert batch.device == GPU and torch.equal(batch.cpu(), wanted.decoded())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_of_a_given_up_epoch_is_not_written_to_any_more(tmp_path: Path) -> None:
+    shards = token_shards(tmp_path, 40, 2, size=256, d_in=256)
+    for _ in range(10):
+        data = MixedTokens(shards, range(80), batch_size=300, buffer_images=23, device=GPU)
+        batches = iter(data)
+        next(batches)
+        n_bytes = data.mixing.n_bytes // 2  # of a piece, which the allocator will give to the next to ask for as much
+        del batches
+        pieces = [torch.zeros(n_bytes, dtype=torch.uint8, device=GPU) for _ in range(2)]
+        torch.cuda.synchronize(GPU)
+        assert not any(bool(piece.any()) for piece in pieces)
+
+
+def test_fp8_that_was_converted_on_its_way_decodes_alike(tmp_path: Path) -> None:
+    """A Trainer in bf16-true converts all floating-point tensors of a batch before it hands them on."""
+    [rows] = MixedTokens(token_shards(tmp_path, 2, 1, storage="fp8"), range(2), batch_size=32)
+    assert rows.scale is not None
+    converted = Rows(rows.tokens.bfloat16(), rows.scale.bfloat16())
+    assert torch.equal(converted.decoded(), rows.decoded())
+
+
+def test_memory_is_used_again_when_its_last_batch_is_dropped() -> None:
+    memory = Recycled(64, 2)
+    first, second = memory.take(), memory.take()
+    address, part = first.data_ptr(), first[8:16]
+    assert not memory.has_room()
+    del first
+    assert not memory.has_room() and part.numel() == 8
+    del part
+    assert memory.has_room() and memory.take().data_ptr() == address
+    del second
+
+
+def test_an_epoch_that_is_given_up_leaves_no_thread_behind(shards: ShardSet) -> None:
+    import threading
+
+    before = threading.active_count()
+    batches = iter(MixedTokens(shards, range(24), batch_size=16, buffer_images=2))
+    next(batches)
+    assert threading.active_count() > before
+    del batches
+    assert threading.active_count() == before
+
+
+def test_images_are_read_as_they_lie_and_come_as_they_were_drawn() -> None:
+    [chunk] = draw_chunks([7, 3, 9, 1], 2, images_at_once=4, seed=0, epoch=0)
+    assert chunk.images == [1, 3, 7, 9]
+    assert sorted(chunk.order.tolist()) == list(range(8)) != chunk.order.tolist()
+
+
+def test_worker_processes_are_refused(shards: ShardSet) -> None:
+    data = MixedTokens(shards, range(24), batch_size=16)
+    with pytest.raises(ValueError, match="load it without workers"):
+        list(DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+
+
+def test_a_device_buffer_wants_a_device(shards: ShardSet) -> None:
+    with pytest.raises(ValueError, match="needs a CUDA device"):
+        ActivationData(shards.folder, device_buffer=True).train_dataloader()
+
+
+def tokens_at(shards: ShardSet, image: int) -> int:
+    """Where the tokens of an image begin in their shard."""
+    stored = shards.stored_tokens(image)
+    return stored.start + stored.layout.tokens
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("storage", "bits"), [("bf16", b"\xc0\x7f"), ("fp32", b"\0\0\xc0\x7f"), ("fp8", b"\xff")])
+def test_nan_on_disk_reaches_the_training(
+    tmp_path: Path, storage: Storage, bits: bytes, device: torch.device | None
+) -> None:
+    shards = token_shards(tmp_path, 12, 2, storage=storage)
+    with shards.path_of(7).open("r+b") as tar:
+        tar.seek(tokens_at(shards, 7))
+        tar.write(bits)
+    found = torch.cat([batch.decoded() for batch in MixedTokens(shards, range(24), batch_size=40, device=device)])
+    assert int(found.isnan().sum()) == 1
+    assert "image 7 in" in str(shards.first_not_finite(range(24)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_shard_that_loses_its_end_while_it_is_read(tmp_path: Path, device: torch.device | None) -> None:
+    shards = token_shards(tmp_path, 12, 2)
+    cut = tokens_at(shards, 23) + 100
+    data = MixedTokens(shards, range(24), batch_size=40, device=device)
+    list(data)
+    os.truncate(shards.path_of(23), cut)
+    with pytest.raises(ValueError, match=r"shard-00004\.tar: member 000000023\.tokens.* is damaged: it is cut short"):
+        list(data)
+
+
+class Stingy:
+    """Reads seven bytes at a time, however many are asked for."""
+
+    def preadv(self, fd: int, pieces: int, n: int, offset: int) -> int:
+        address, size = (ctypes.c_uint64 * 2).from_address(pieces)
+        read = os.pread(fd, min(size, 7), offset)
+        ctypes.memmove(address, read, len(read))
+        return len(read)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_file_system_that_gives_less_than_it_is_asked_for(
+    shards: ShardSet, device: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fluxsae.shards.rows._libc", Stingy())
+    data = MixedTokens(shards, range(24), batch_size=40, seed=3, device=device)
+    data.epoch = 1
+    found = torch.cat([batch.decoded() for batch in data])
+    assert torch.equal(found.cpu(), plain_order(shards, 24, 1024))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_damaged_header_ends_in_a_sentence(tmp_path: Path, device: torch.device | None) -> None:
+    shards = token_shards(tmp_path, 12, 2)
+    with shards.path_of(3).open("r+b") as tar:
+        tar.seek(shards.stored_tokens(3).start + 9)
+        tar.write(b"\xff")
+    with pytest.raises(ValueError, match=r"member 000000003\.tokens\.safetensors is damaged"):
+        list(MixedTokens(ShardSet.open(tmp_path), range(24), batch_size=40, device=device))

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM end a run at once, a training at the end of its step, where it can go on."""
+"""Ctrl-C and SIGTERM end a run at once, a training at the end of its step, where it can go on.
+
+A kill gives no such warning: for that, a training keeps a checkpoint as it goes.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from time import monotonic
 from types import FrameType
 from typing import Any
 
@@ -56,6 +60,10 @@ class StopsWhereItCanGoOn(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._give_back()  # what a check of validation before the training took
         self._take_over(trainer, self._note if trainer.world_size == 1 else self._stop_all)
+        if signal.SIGTERM in self._before:
+            # Before every step, Lightning has all processes ask the first whether its own handler heard SIGTERM, and
+            # wait for the device to answer. That handler is out of use now.
+            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody  # type: ignore[method-assign]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_over(trainer, self._stop_all)
@@ -110,6 +118,76 @@ class StopsWhereItCanGoOn(Callback):
         raise Interrupted(signum)
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps one checkpoint, `last.ckpt`, of the run that is under way: `--ckpt_path last` goes on from it.
+
+    It is written once `minutes` have passed since the one before, and when the training ends. The clock is looked at
+    when an epoch ends and every `every_n_steps` steps, since several processes wait for the first to tell the time.
+    Lightning's own interval asks at every step, and does nothing in a sweep. An earlier training's `last.ckpt` is kept
+    as `earlier.ckpt`.
+
+    Args:
+        dirpath: the folder to keep it in.
+        minutes: how much work a kill may cost; 0 writes at every look.
+        every_n_steps: steps between looks within an epoch.
+    """
+
+    def __init__(self, dirpath: str | Path, minutes: float = 5.0, every_n_steps: int = 50) -> None:
+        if minutes < 0 or every_n_steps < 1:
+            raise ValueError(
+                f"minutes is {minutes} and every_n_steps is {every_n_steps}; they must be at least 0 and at least 1."
+            )
+        super().__init__(dirpath, save_last=True, save_top_k=0, every_n_epochs=0, enable_version_counter=False)
+        self.minutes = minutes
+        self.every_n_steps = every_n_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._saved_at, self._saved_step = monotonic(), trainer.global_step
+        if trainer.is_global_zero and trainer.global_step == 0 and not _tries_out(trainer) and _last(self).exists():
+            # Killed before its first checkpoint, this run would otherwise go on from another's.
+            _last(self).replace(_last(self).with_stem("earlier"))
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        # A run goes on exactly from the end of a step: not from where Lightning ends an epoch, nor from the end of a
+        # training that was stopped within one.
+        if _stops(trainer):
+            self._write(trainer)
+        elif trainer.is_last_batch or trainer.global_step % self.every_n_steps == 0:
+            self._look(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        if trainer.strategy.broadcast(monotonic() - self._saved_at >= 60 * self.minutes):
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
+        if self._saved_step != trainer.global_step and not _tries_out(trainer):
+            trainer.save_checkpoint(_last(self))
+            self._saved_at, self._saved_step = monotonic(), trainer.global_step
+
+
+def _last(checkpoints: ModelCheckpoint) -> Path:
+    assert checkpoints.dirpath is not None
+    return Path(checkpoints.dirpath) / f"{checkpoints.CHECKPOINT_NAME_LAST}{checkpoints.FILE_EXTENSION}"
+
+
+def _stops(trainer: Trainer) -> bool:
+    """Whether this step is the last for another reason than the number of epochs."""
+    told = trainer.should_stop and trainer.fit_loop._can_stop_early
+    return told or trainer.global_step == trainer.max_steps
+
+
+def _tries_out(trainer: Trainer) -> bool:
+    """Whether this is a run of a few batches, after which everything is to be as before."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _ask_nobody() -> None:
+    pass
+
+
 def _stop(signum: int, _: FrameType | None) -> None:
     raise Interrupted(signum)
 
@@ -127,6 +205,6 @@ def _save(trainer: Trainer) -> str:
     checkpoints = trainer.checkpoint_callback
     if not isinstance(checkpoints, ModelCheckpoint) or checkpoints.dirpath is None:
         return f" at step {trainer.global_step}, which no checkpoint was asked for"
-    path = Path(checkpoints.dirpath) / f"{checkpoints.CHECKPOINT_NAME_LAST}.ckpt"
+    path = _last(checkpoints)
     trainer.save_checkpoint(path)
     return f" at step {trainer.global_step}, which {path} holds"

@@ -17,12 +17,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from fluxsae.analysis.throughput import Throughput
 from fluxsae.explain import explain, is_report, read_yaml, unknown_key
 from fluxsae.interrupts import StopsWhereItCanGoOn
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.spec import WHICH_IMAGES, differences
 from fluxsae.storage import remove_parts, whole_file, write_text
+from fluxsae.sweep import SweepTraining
 from fluxsae.training import SAETraining
 
 NOISE = (
@@ -121,6 +123,8 @@ class TrainerCLI(LightningCLI):
     def instantiate_trainer(self, **options: Any) -> Trainer:
         trainer = super().instantiate_trainer(**options)
         trainer.callbacks.insert(0, StopsWhereItCanGoOn())  # type: ignore[attr-defined]
+        if self.verb == "fit":
+            trainer.callbacks.append(Throughput())  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer
@@ -141,11 +145,14 @@ class TrainerCLI(LightningCLI):
 
     def test(self, model: LightningModule, **kwargs: Any) -> None:
         _load_trained(model, **kwargs)
-        self.trainer.test(model, **{**kwargs, "verbose": isinstance(model, SAETraining)})
+        self.trainer.test(model, **{**kwargs, "verbose": isinstance(model, (SAETraining, SweepTraining))})
 
 
 def _load_trained(model: LightningModule, datamodule: Any = None, ckpt_path: Any = None, **_: Any) -> None:
     """A training config names an untrained SAE; measuring means the one in its folder, unless a checkpoint is named."""
+    if isinstance(model, SweepTraining):
+        for member in model.trainings.values():
+            _load_trained(member, datamodule, ckpt_path)
     if not isinstance(model, SAETraining) or ckpt_path is not None:
         return
     trained = load_sae(model.folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,41 +12,89 @@ import open_clip
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 
+from fluxsae.activations import ActivationData
 from fluxsae.cli import main
 from fluxsae.features import Selection, read_features
 from fluxsae.flux.load import load_pipeline
 from fluxsae.prompts import read_prompts
+from fluxsae.sae import TopK
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.storage import read_csv, read_json
 from fluxsae.study import read_study
 from fluxsae.study_figures import read_figures
 from fluxsae.trainer_cli import TrainerCLI
+from fluxsae.training import SAETraining
 from tests.random_flux import random_flux
+from tests.synthetic import token_shards
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 STUDIES = sorted(path.parent.name for path in CONFIGS.glob("*/study.yaml"))
 STAGES = {path.stem for path in CONFIGS.glob("*/*.yaml")} - {"study", "figures"}
+VARIANTS = ("batch-topk", "jumprelu", "matryoshka", "sweep")
+"""Further trainings on a study's capture, which it does not run by itself."""
+TRAININGS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if "max_epochs" in path.read_text()]
 BLOCKS = {"tiny": (2, 4), "flux-dev": (19, 38)}
 N_FEATURES, WIDTH = 48, 16
 HOSTILE = "=fox {} $x^$ \x1b[2J\u202e\n../../etc/passwd, <b>%s 🦊" + "a" * 10_000
 """As prompt and as the label of every feature: what terminals, pictures, tables and file names could trip over."""
 
 
-def test_every_config_belongs_to_a_study() -> None:
+def test_every_config_belongs_to_a_study_or_varies_one() -> None:
     for name in STUDIES:
         named = {stage.config.name for stage in read_study(CONFIGS / name / "study.yaml").stages}
-        assert named | {"study.yaml"} == {path.name for path in (CONFIGS / name).glob("*.yaml")}
+        known = named | {"study.yaml"} | {f"{variant}.yaml" for variant in VARIANTS}
+        assert known == {path.name for path in (CONFIGS / name).glob("*.yaml")}
+
+
+def parse(verb: str, path: Path) -> Any:
+    parser_only = type("ParserOnly", (TrainerCLI,), {"instantiate_classes": lambda self: None})
+    return parser_only.start(verb, ["-c", str(path)], run=False).config  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", STUDIES)
 @pytest.mark.parametrize("stage", sorted(STAGES))
 def test_a_config_fits_the_signatures(name: str, stage: str) -> None:
     verbs = {s.name: s.command for s in read_study(CONFIGS / name / "study.yaml").stages}
-    parser_only = type("ParserOnly", (TrainerCLI,), {"instantiate_classes": lambda self: None})
-    cli = parser_only.start(verbs[stage], ["-c", str(CONFIGS / name / f"{stage}.yaml")], run=False)  # type: ignore[attr-defined]
-    assert cli.config.model.class_path.startswith("fluxsae.")
+    verb = "fit" if stage in VARIANTS else verbs[stage]
+    assert parse(verb, CONFIGS / name / f"{stage}.yaml").model.class_path.startswith("fluxsae.")
+
+
+class LongEpochs(Callback):
+    """A step takes ten minutes. Knows which step the last checkpoint was of whenever an epoch began."""
+
+    def __init__(self, last: Path) -> None:
+        self.last = last
+        self.seconds = 0.0
+        self.saved: list[int] = []
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        self.saved.append(torch.load(self.last, weights_only=True)["global_step"] if self.last.exists() else 0)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.seconds += 600
+
+
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_training_keeps_a_checkpoint_from_its_first_epoch_on(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configured = parse("fit", path).trainer
+    (kept,) = (each for each in configured.callbacks if each.class_path.endswith("Checkpoint"))
+    assert kept.init_args.dirpath == f"{configured.default_root_dir}/checkpoints"
+    module, _, name = kept.class_path.rpartition(".")
+    keep = getattr(import_module(module), name)(**{**vars(kept.init_args), "dirpath": str(tmp_path / "checkpoints")})
+    watch = LongEpochs(tmp_path / "checkpoints" / "last.ckpt")
+    monkeypatch.setattr("fluxsae.interrupts.monotonic", lambda: watch.seconds)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    every = configured.check_val_every_n_epoch
+    trainer = Trainer(accelerator="cpu", max_epochs=3, callbacks=[keep, watch], check_val_every_n_epoch=every, **quiet)
+    data = ActivationData(token_shards(tmp_path / "tokens", 10, 2, size=32).folder, batch_size=12)
+    trainer.fit(SAETraining(TopK(16, 24, 4), tmp_path / "sae"), data)
+    assert watch.saved == [0, 6, 12]
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -88,6 +137,8 @@ def rewrite(value: Any, folder: Path, name: str) -> Any:
         "d_in": WIDTH,
         "n_features": N_FEATURES,
         "k": 4,
+        "groups": [8, N_FEATURES],
+        "target_l0": 4,
         "max_epochs": 2,
         "check_val_every_n_epoch": 1,
         "accelerator": "cpu",
@@ -198,6 +249,19 @@ def _check_steering(folder: Path) -> None:
     features = {row.feature for row in Selection(**{**select, "table": Path(select["table"])}).rows()}
     assert {int(row["feature"]) for row in rows} == features
     assert {path.name for path in (folder / "steering").glob("*.png")} == {f"feature-{f:05d}.png" for f in features}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_variants_train_on_the_study_s_capture(study: Path, variant: str) -> None:
+    folder = study.parent / "run"
+    if not (folder / "capture").exists():
+        assert run("study", "-c", study, "--until", "capture") == 0
+    assert run("fit", "-c", study.with_name(f"{variant}.yaml")) == 0
+    left = sorted((folder / "sweep").iterdir()) if variant == "sweep" else [folder / f"sae-{variant}"]
+    saes = [load_sae(path) for path in left if (path / "config.json").exists()]
+    assert len(saes) == (4 if variant == "sweep" else 1)
+    assert all(sae.spec is not None and sae.n_features == N_FEATURES for sae in saes)
+    assert run("validate", "-c", study.with_name(f"{variant}.yaml")) == 0
 
 
 def test_what_the_readme_shows_runs(study: Path) -> None:

@@ -1,4 +1,7 @@
-"""A signal in the middle of a step acts at its end, once the step is saved; a second one acts at once."""
+"""A signal in the middle of a step acts at its end, once the step is saved; a second one acts at once.
+
+For a kill, checkpoints are written as time passes.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fluxsae.activations import ActivationData
-from fluxsae.interrupts import Interrupted, StopsWhereItCanGoOn, interruptible
+from fluxsae.interrupts import Interrupted, LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import TopK
 from fluxsae.training import SAETraining
 from tests.synthetic import token_shards
@@ -50,3 +54,55 @@ def test_a_step_is_ended_and_saved_unless_told_twice(tmp_path: Path, n_signals: 
     if last.exists():
         assert torch.load(last, weights_only=True)["global_step"] == 6
     assert signal.getsignal(signum) == before
+
+
+class Saved(TorchCheckpointIO):
+    """Knows the steps that were saved."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.steps.append(checkpoint["global_step"])
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class Clock(Callback):
+    """A step takes a minute."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.seconds += 60
+
+
+def fit(folder: Path, *callbacks: Callback, **changes: Any) -> None:
+    data = ActivationData(token_shards(folder / "tokens", 10, 2, size=32).folder, batch_size=12)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(accelerator="cpu", callbacks=list(callbacks), **{**quiet, **changes})
+    trainer.fit(SAETraining(TopK(16, 24, 4), folder / "sae"), data)
+
+
+def test_a_checkpoint_is_written_where_minutes_have_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs of six steps: the clock is looked at after 5, 6, 10, 12, 15 and 18."""
+    clock, saved = Clock(), Saved()
+    monkeypatch.setattr("fluxsae.interrupts.monotonic", lambda: clock.seconds)
+    fit(tmp_path, clock, LastCheckpoint(tmp_path, minutes=2.0, every_n_steps=5), max_epochs=3, plugins=[saved])
+    assert saved.steps == [5, 10, 12, 15, 18]
+
+
+def test_an_earlier_training_s_checkpoint_is_set_aside(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    fit(tmp_path, LastCheckpoint(folder), max_epochs=2)
+    fit(tmp_path, LastCheckpoint(folder), fast_dev_run=True)
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    fit(tmp_path, LastCheckpoint(folder), max_epochs=1)
+    steps = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in folder.iterdir()}
+    assert steps["earlier"] == 2 * steps["last"]
+
+
+@pytest.mark.parametrize("settings", [{"minutes": -1.0}, {"every_n_steps": 0}])
+def test_impossible_intervals_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"minutes is .* at least 0 and at least 1"):
+        LastCheckpoint(tmp_path, **settings)

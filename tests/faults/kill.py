@@ -13,12 +13,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
 
 from fluxsae.sae import TopK, load_sae, save_sae
 from fluxsae.scoring import Scores
@@ -29,6 +32,8 @@ from tests.synthetic import randomised, token_shards
 
 SITE = "transformer_blocks.1.ff"
 KILLS_A_ROUND = 3
+STEPS_A_CHECKPOINT = 4
+"""How many steps of a training a kill may cost."""
 PATIENCE = 300.0
 """Seconds after which a command that has not ended counts as hanging."""
 
@@ -66,6 +71,39 @@ class Round(NamedTuple):
 
     n_kills: int
     failure: str = ""
+
+
+class Start(NamedTuple):
+    """A training of one process: the step that it began after, and the last that it ended."""
+
+    began: int
+    reached: int
+
+
+class Diary(Callback):
+    """Writes down where a training begins and which steps it ends: a line for each, `began` or `ended` and the step."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write("began", trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._write("ended", trainer)
+
+    def _write(self, what: str, trainer: Trainer) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{what} {trainer.global_step}\n")
+
+
+def read_diary(path: Path) -> list[Start]:
+    """The trainings that a `Diary` tells of, in order."""
+    starts: list[Start] = []
+    for what, step in (line.split() for line in path.read_text().splitlines()) if path.exists() else ():
+        began = int(step) if what == "began" else starts.pop().began
+        starts.append(Start(began, int(step)))
+    return starts
 
 
 class Host:
@@ -192,9 +230,11 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
     def fit(folder: Path) -> dict[str, Any]:
         sae = {"class_path": "fluxsae.sae.TopK", "init_args": {"d_in": 16, "n_features": 48, "k": 4}}
         model = {"sae": sae, "folder": str(folder / "sae"), "lr": 0.005, "dead_after": 2000}
-        keep = {"dirpath": str(folder / "checkpoints"), "save_last": True, "save_top_k": 0}
-        keep |= {"every_n_train_steps": 4, "enable_version_counter": False}
-        callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": keep}
+        keep = {"dirpath": str(folder / "checkpoints"), "minutes": 0, "every_n_steps": STEPS_A_CHECKPOINT}
+        callbacks = [
+            {"class_path": "fluxsae.interrupts.LastCheckpoint", "init_args": keep},
+            {"class_path": "tests.faults.kill.Diary", "init_args": {"path": str(folder / "diary.txt")}},
+        ]
         return {
             "seed_everything": 0,
             "model": {"class_path": "fluxsae.training.SAETraining", "init_args": model},
@@ -208,7 +248,7 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
                 "check_val_every_n_epoch": 3,
                 "logger": False,
                 "default_root_dir": str(folder),
-                "callbacks": [callback],
+                "callbacks": callbacks,
             },
         }
 
@@ -279,6 +319,9 @@ def _look_at_capture(folder: Path) -> None:
 def _look_at_fit(folder: Path) -> None:
     for checkpoint in folder.rglob("[!.]*.ckpt"):
         torch.load(checkpoint, weights_only=True)
+    for before, after in pairwise(read_diary(folder / "diary.txt")):
+        if after.began < before.reached - STEPS_A_CHECKPOINT:
+            raise ValueError(f"a training that was killed after step {before.reached} went on from {after.began}")
     if (folder / "sae" / "config.json").exists():
         load_sae(folder / "sae")
 
@@ -325,19 +368,27 @@ def run_round(one: Host, stage: Stage, folder: Path, unbroken: Reference, rng: R
         if run.code is not None:
             break
         n_kills, arguments = n_kills + 1, list(stage.again)
-        try:
-            stage.look(folder)
-        except Exception as error:
-            return Round(n_kills, f"after kill {n_kills}: {type(error).__name__}: {error}")
+        if problem := _problem(stage, folder):
+            return Round(n_kills, f"after kill {n_kills}: {problem}")
         for name, data in result(stage, folder).items():
             hidden = any(part.startswith(".") for part in Path(name).parts)
             if not hidden and stage.named(Path(name)) and reference.get(name) != data:
                 return Round(n_kills, f"after kill {n_kills}, {name} is under its name but not the reference's")
     if run.code != 0:
         return Round(n_kills, f"ended with code {run.code}: {one.log.read_text()[-2000:]}")
+    if problem := _problem(stage, folder):
+        return Round(n_kills, f"at its end: {problem}")
     found = result(stage, folder)
     other = sorted(name for name in {*found, *reference} if found.get(name) != reference.get(name))
     return Round(n_kills, f"{other} differ from an unbroken run's" if other else "")
+
+
+def _problem(stage: Stage, folder: Path) -> str:
+    try:
+        stage.look(folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 class Moment:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from fluxsae.activations import ActivationData
 from fluxsae.sae import TopK
 from fluxsae.training import SAETraining
-from tests.faults.kill import Host, Stage, host, make_stages, rounds, unbroken
+from tests.faults.kill import STEPS_A_CHECKPOINT, Host, Stage, host, make_stages, read_diary, result, rounds, unbroken
 from tests.synthetic import token_shards
 
 
@@ -43,6 +44,27 @@ def kill(stage: Stage, one: Host, folder: Path, kills: int) -> None:
     done = list(rounds(one, stage, unbroken(one, stage, folder / "unbroken"), folder, kills))
     assert [each.failure for each in done if each.failure] == []
     assert sum(each.n_kills for each in done) == kills
+
+
+def test_a_training_killed_in_its_middle_goes_on_from_there(
+    stages: dict[str, Stage], one: Host, tmp_path: Path
+) -> None:
+    stage, folder = stages["fit"], tmp_path / "killed"
+    reference = unbroken(one, stage, tmp_path / "unbroken")
+    n_steps = read_diary(tmp_path / "unbroken" / "diary.txt")[0].reached
+    folder.mkdir()
+    config, diary = folder.with_suffix(".yaml"), folder / "diary.txt"
+    config.write_text(yaml.safe_dump(stage.config(folder)))
+
+    def in_the_middle(_: float) -> float | None:
+        return 0.0 if diary.exists() and f"ended {n_steps // 2}\n" in diary.read_text() else None
+
+    assert one.run(["fit", "-c", str(config)], in_the_middle).code is None
+    assert one.run(["fit", "-c", str(config), "--ckpt_path", "last"]).code == 0, one.log.read_text()[-3000:]
+    killed, resumed = read_diary(diary)
+    assert n_steps // 2 <= killed.reached < n_steps == resumed.reached
+    assert resumed.began >= killed.reached - STEPS_A_CHECKPOINT
+    assert result(stage, folder) == reference.files
 
 
 class DieAt(Callback):

@@ -1,0 +1,125 @@
+"""What fp8 costs an SAE: `python -m benchmarks.fp8 runs/tiny/capture/transformer_blocks.1.ff/step-03`.
+
+Encodes a set of tokens again in fp8, fits the same SAE from both with the same seeds, and measures both on the held-out
+tokens of the first set, as they were. Ends with status 1 when the FVE differs by more than --within.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from lightning.pytorch import Trainer
+
+from fluxsae.activations import ActivationData
+from fluxsae.sae import SAE, TopK, load_sae
+from fluxsae.sae.evaluation import Evaluation
+from fluxsae.shards import ShardSet, ShardWriter
+from fluxsae.storage import whole_file
+from fluxsae.training import SAETraining
+
+
+@dataclass(frozen=True)
+class Pair:
+    """FVE on the held-out tokens of the first set, of the SAE from it and of that from fp8."""
+
+    seed: int
+    fve: float
+    fve_fp8: float
+
+    @property
+    def lost(self) -> float:
+        return self.fve - self.fve_fp8
+
+
+def main() -> None:
+    options = parse()
+    shards = ShardSet.open(options.shards, "tokens")
+    pairs: list[Pair] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        coarse = encode_again(shards, Path(temporary) / "fp8")
+        for seed in options.seeds:
+            fve = [
+                fit(each, shards, seed, Path(temporary) / f"{seed}-{i}", options)
+                for i, each in enumerate((shards, coarse))
+            ]
+            pairs.append(Pair(seed, *fve))
+            print(f"seed {seed}: FVE {fve[0]:.4f} from {shards.metadata.storage}, {fve[1]:.4f} from fp8", flush=True)
+    lost = fmean(pair.lost for pair in pairs)
+    print(f"lost with fp8: {lost:+.4f} on average, at most {max(pair.lost for pair in pairs):+.4f}")
+    if options.json:
+        write_json(options.json, pairs, options)
+    sys.exit(0 if all(abs(pair.lost) <= options.within for pair in pairs) else 1)
+
+
+def encode_again(shards: ShardSet, folder: Path) -> ShardSet:
+    """The same tokens in fp8."""
+    per_shard = shards.metadata.shards[0].samples
+    writer = ShardWriter(folder, shards.spec, "tokens", "fp8", per_shard)
+    for image in range(len(shards)):
+        writer.add(image // per_shard, shards.record(image), shards.tokens(image))
+    for shard in range(len(shards.metadata.shards)):
+        writer.close_shard(shard)
+    writer.finalise(len(shards.metadata.shards))
+    return ShardSet.open(folder)
+
+
+def fit(shards: ShardSet, judge: ShardSet, seed: int, folder: Path, options: argparse.Namespace) -> float:
+    """Fit a TopK SAE from `shards`; its FVE on the held-out tokens of `judge`."""
+    torch.manual_seed(seed)
+    sae = TopK(shards.statistics.mean.numel(), options.features, options.k)
+    trainer = Trainer(
+        accelerator=options.device,
+        devices=1,
+        max_epochs=options.epochs,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = SAETraining(sae, folder, lr=options.lr, dead_after=options.dead_after)
+    trainer.fit(module, datamodule=ActivationData(shards.folder, options.batch_size, seed=seed))
+    return held_out_fve(load_sae(folder), judge, options.batch_size)
+
+
+def held_out_fve(sae: SAE, shards: ShardSet, batch_size: int) -> float:
+    evaluation = Evaluation(sae.d_in, sae.n_features, torch.device("cpu"))
+    for batch in ActivationData(shards.folder, batch_size).val_dataloader():
+        evaluation.update(sae, batch)
+    return float(evaluation.result().fve)
+
+
+def write_json(path: Path, pairs: Sequence[Pair], options: argparse.Namespace) -> None:
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    record = {"options": values, "pairs": [asdict(pair) for pair in pairs]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, help="a set of tokens in bf16 or fp32")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--features", type=int, default=1024)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=0.002)
+    parser.add_argument("--dead-after", type=int, default=60_000)
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--device", default="cpu", help="Lightning's accelerator")
+    parser.add_argument("--within", type=float, default=0.002, help="difference in FVE that is accepted")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

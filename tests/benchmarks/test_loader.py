@@ -1,0 +1,44 @@
+"""The benchmarks of loading and of fp8 run, at a size that says nothing of speed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import fp8, loader
+from tests.synthetic import token_shards
+
+
+def test_every_reader_is_measured_beside_cat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = "--gigabytes 0.00002 --width 16 --tokens 16 --images-per-shard 4 --batch-size 32 --buffer-images 6"
+    quick = "--turns 1 --train --features 24 --k 4 --steps 3 --storage bf16 fp8"
+    out = tmp_path / "loader.json"
+    monkeypatch.setattr(sys, "argv", ["loader", *small.split(), *quick.split(), "--json", str(out)])
+    monkeypatch.setattr(loader, "WARMUP", 2)
+    loader.main()
+    found = json.loads(out.read_text())
+    names = [measure["name"] for measure in found["reading"]]
+    assert names == [f"{s}, {r}" for s in ("bf16", "fp8") for r in ("cat", "1 reader", "2 readers")]
+    assert all(measure["share_of_cat"] > 0 for measure in found["reading"])
+    assert [t["name"].partition(", ")[2] for t in found["training"]] == 2 * [
+        "loader alone",
+        "step alone",
+        "both together",
+    ]
+    assert all(training["tokens_a_second"] > 0 for training in found["training"])
+    assert "of cat" in capsys.readouterr().out
+
+
+def test_fp8_is_compared_with_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, out = token_shards(tmp_path / "tokens", 20, 2, size=128).folder, tmp_path / "fp8.json"
+    how = "--seeds 1 --features 24 --k 4 --epochs 2 --batch-size 128 --within 1"
+    monkeypatch.setattr(sys, "argv", ["fp8", str(shards), *how.split(), "--json", str(out)])
+    with pytest.raises(SystemExit, match="0"):
+        fp8.main()
+    [pair] = json.loads(out.read_text())["pairs"]
+    assert pair["seed"] == 1 and pair["fve"] != pair["fve_fp8"] and abs(pair["fve"] - pair["fve_fp8"]) < 0.05

@@ -114,7 +114,7 @@ def test_a_signal_to_the_first_process_ends_a_training_in_several(tmp_path: Path
     config["model"]["init_args"]["folder"] = str(tmp_path / "sae")
     config["model"]["init_args"]["sae"]["init_args"] = {"d_in": D_IN, "n_features": N_FEATURES, "k": 4}
     config["data"]["init_args"] = {"shards": str(shards), "batch_size": BATCH}
-    saving = {"dirpath": str(tmp_path / "checkpoints"), "every_n_train_steps": 20}
+    saving = {"dirpath": str(tmp_path / "checkpoints"), "every_n_steps": 20}
     config["trainer"]["callbacks"][0]["init_args"] |= saving
     strategy = {"class_path": "fluxsae.processes.OneAllReduce"}
     config["trainer"] |= {"devices": 2, "strategy": strategy, "max_epochs": 10**6, "logger": False}

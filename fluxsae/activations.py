@@ -26,6 +26,7 @@ from fluxsae.shards.format import SampleRecord, Statistics
 from fluxsae.shards.read import ShardSet
 from fluxsae.shards.rows import RowReader, Rows
 from fluxsae.spec import CaptureSpec
+from fluxsae.whole_images import ImagesAhead, StoredImages
 
 _ADVICE = (
     r"Your `IterableDataset` has `__len__` defined",  # ours counts what each worker yields
@@ -61,8 +62,8 @@ class ActivationData(LightningDataModule):
         val_fraction: share of the prompts to hold out for validation and testing.
         buffer_images: images whose tokens are in memory and mixed at a time. Memory for twice as many is taken.
         seed: decides the order of the training tokens, with the epoch.
-        num_workers: processes that read ahead in validation, testing and prediction.
-        readers: threads that read ahead in training; by default 2, and 8 for a device buffer.
+        num_workers: processes that read ahead in validation and testing.
+        readers: threads that read ahead in training and prediction; by default 2, and 8 for a device buffer.
         device_buffer: mix training tokens in the memory of a CUDA device, where they go as they are stored. By
             default where there is one and the buffer takes at most half of its free memory. It changes no order.
         only: predict only the images that this selection shows.
@@ -164,14 +165,22 @@ class ActivationData(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Tensor]:
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> DataLoader[TokenBatch]:
-        """All images in order, or the selected ones; with several processes, each takes one contiguous run of them."""
+    def predict_dataloader(self) -> DataLoader[StoredImages]:
+        """All images in order, or the selected ones, as they are stored, which `on_after_batch_transfer` decodes.
+
+        With several processes, each takes one contiguous run of them.
+        """
         images = list(range(len(self.shard_set))) if self.only is None else self.only.images()
         begin, end = (len(images) * (self._part.rank + i) // self._part.of for i in (0, 1))
-        return DataLoader(WholeImages(self.shard_set, images[begin:end], self.images_per_batch), **self._loading)
+        mine, readers = images[begin:end], self.readers or 2
+        pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        ahead = ImagesAhead(self.shard_set, mine, self.images_per_batch, readers, pinned=pinned)
+        return DataLoader(ahead, batch_size=None)
 
-    def on_after_batch_transfer(self, batch: Rows | Tensor | TokenBatch, dataloader_idx: int) -> Tensor | TokenBatch:
-        """Decode training tokens where they are trained on, so that fp8 travels there as it is stored."""
+    def on_after_batch_transfer(self, batch: Rows | Tensor | StoredImages, dataloader_idx: int) -> Tensor | TokenBatch:
+        """Decode stored tokens where they are used, so that fp8 travels there as it is stored."""
+        if isinstance(batch, StoredImages):
+            return TokenBatch(batch.tokens(), batch.images)
         return batch.decoded() if isinstance(batch, Rows) else batch
 
     @property
@@ -242,22 +251,6 @@ class OrderedTokens(IterableDataset[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         for images in _chunks(self.images, self.images_per_batch):
             yield self.shards.tokens_batch(images).flatten(0, 1)
-
-
-class WholeImages(IterableDataset[TokenBatch]):
-    """All tokens of some images, `images_per_batch` images at a time, in order."""
-
-    def __init__(self, shards: ShardSet, images: Sequence[int], images_per_batch: int) -> None:
-        self.shards = shards
-        self.images = list(images)
-        self.images_per_batch = images_per_batch
-
-    def __len__(self) -> int:
-        return -(-len(self.images) // self.images_per_batch)
-
-    def __iter__(self) -> Iterator[TokenBatch]:
-        for images in _chunks(self.images, self.images_per_batch):
-            yield TokenBatch(self.shards.tokens_batch(images), torch.tensor(images))
 
 
 def _chunks(images: list[int], size: int) -> Iterator[list[int]]:

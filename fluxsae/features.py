@@ -13,6 +13,7 @@ COLUMNS = (
     "feature",
     "alive",
     "frequency",
+    "token_frequency",
     "max",
     "mean_active",
     "std_active",
@@ -33,8 +34,9 @@ RankBy = Literal["coherence", "max", "frequency", "feature"]
 class Feature(NamedTuple):
     """One row of the table; None where no stage has filled the column in.
 
-    `frequency` is the share of images on which the feature is active; `max`, `mean_active` and `std_active` are of S
-    over those images; `top_images` are image indices, best first; `label` is what most top images share.
+    `frequency` is the share of images on which the feature is active, `token_frequency` that of tokens; `max`,
+    `mean_active` and `std_active` are of S over those images; `top_images` are image indices, best first; `label` is
+    what most top images share.
     """
 
     feature: int
@@ -49,6 +51,7 @@ class Feature(NamedTuple):
     label: str
     label_share: float | None
     top_images: tuple[int, ...]
+    token_frequency: float | None = None
 
 
 def update_features(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> None:
@@ -89,14 +92,14 @@ class Selection:
 
     Args:
         table: the features table.
-        n_features: how many of the best-ranked alive features to take.
+        n_features: how many of the best-ranked alive features to take; null for all that have a rank.
         rank_by: the column that ranks them, largest first (`feature`: in index order).
         n_images: top images a feature.
         features: take exactly these instead of ranking.
     """
 
     table: Path
-    n_features: int = 20
+    n_features: int | None = 20
     rank_by: RankBy = "coherence"
     n_images: int = 9
     features: tuple[int, ...] | None = None
@@ -131,6 +134,7 @@ def _parse(row: Mapping[str, str], path: Path) -> Feature:
             feature=int(row["feature"]),
             alive=row.get("alive", "") == "True",
             frequency=_number(row.get("frequency")),
+            token_frequency=_number(row.get("token_frequency")),
             max=_number(row.get("max")),
             mean_active=_number(row.get("mean_active")),
             std_active=_number(row.get("std_active")),

@@ -20,6 +20,7 @@ from torch import Tensor
 from fluxsae.activations import ActivationData, TokenBatch
 from fluxsae.explain import unknown_key
 from fluxsae.sae import load_sae
+from fluxsae.sae.pooling import PlainPooling, Pooled, Pooling, pooling_of
 from fluxsae.shards.read import ShardSet
 from fluxsae.spec import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
 from fluxsae.storage import read_csv, read_json
@@ -30,23 +31,23 @@ IMAGE_COLUMNS = ("image", "prompt_id", "repetition", "seed", "prompt")
 
 
 class ImageScores(NamedTuple):
-    """What the callbacks get of a batch. `prompts` has one number a prompt text: equal numbers, equal prompts."""
+    """What the callbacks get of a batch. `prompts` has one number a prompt text: equal numbers, equal prompts.
+
+    `fired` says on how many of an image's tokens a feature has a code. Codes themselves are nowhere in one piece.
+    """
 
     images: Int[Tensor, "B"]
     prompts: Int[Tensor, "B"]
     scores: Float[Tensor, "B F"]
-    codes: Float[Tensor, "B T F"]
-
-
-def score(codes: Float[Tensor, "B T F"]) -> Float[Tensor, "B F"]:
-    """S of some images: the largest code over tokens."""
-    return codes.amax(dim=1)
+    fired: Int[Tensor, "B F"]
 
 
 class SAEScoring(LightningModule):
-    """Encodes captured tokens and hands codes and scores to the callbacks; run it with `predict` on `ActivationData`.
+    """Pools the codes of captured tokens and hands scores to the callbacks; run it with `predict` on `ActivationData`.
 
     The batches themselves are not kept: what callbacks write is the result, and memory does not grow with the data.
+    With `precision: bf16-mixed` on an NVIDIA GPU, kernels encode and pool at once. `pooling` is how, from the start of
+    a run on, also for callbacks that want codes of a few features.
 
     Args:
         sae: folder of an SAE, or a seed checkpoint.
@@ -61,10 +62,11 @@ class SAEScoring(LightningModule):
             raise ValueError(unknown_key(unknown[0], MAY_DIFFER, "allow", what="field"))
         self.sae = load_sae(sae)
         self.path = sae
+        self.pooling: Pooling = PlainPooling(self.sae)
         self.allow = tuple(allow or ())
 
-    def forward(self, tokens: Float[Tensor, "B T D"]) -> Float[Tensor, "B T F"]:
-        return self.sae.encode(tokens)
+    def forward(self, tokens: Float[Tensor, "B T D"]) -> Pooled:
+        return self.pooling.pool(tokens)
 
     def on_predict_start(self) -> None:
         """ValueError when the tokens were captured in another way than those that the SAE was trained on."""
@@ -76,18 +78,21 @@ class SAEScoring(LightningModule):
                 f"the shards at {shards.folder} hold tokens of width {shards.statistics.mean.numel()}, "
                 f"the SAE at {self.path} reads width {self.sae.d_in}; use the SAE of this site."
             )
-        self.trainer.predict_loop.return_predictions = False  # codes of all images would fill the memory
+        self.trainer.predict_loop.return_predictions = False  # scores of all images would fill the memory
+        self.pooling = pooling_of(self.sae, str(self.trainer.precision))
 
-    def predict_step(self, batch: TokenBatch) -> ImageScores:
-        codes = self(batch.tokens)
+    def predict_step(self, batch: TokenBatch) -> ImageScores | Int[Tensor, "B"]:
+        """The scores of a batch; where `only` narrows the data, which whoever wants scores refuses, just its images."""
+        if self.trainer.datamodule.only is not None:  # type: ignore[attr-defined]
+            return batch.images
+        scores, fired = self(batch.tokens)
         shards = scored_shards(self.trainer)
         keys = [prompt_key(shards.record(image).prompt) for image in batch.images.tolist()]
         prompts = torch.tensor(keys, device=batch.images.device)
-        scores = score(codes)
         if not bool(torch.isfinite(scores).all()):
             where = shards.first_not_finite(batch.images.tolist())
             raise FloatingPointError(f"a score is NaN or infinite. {where or f'The SAE at {self.path} is damaged'}.")
-        return ImageScores(batch.images, prompts, scores, codes)
+        return ImageScores(batch.images, prompts, scores, fired)
 
 
 def check_spec(

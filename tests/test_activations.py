@@ -147,7 +147,7 @@ def test_prediction_gives_every_image_in_order(shards: ShardSet) -> None:
     batches = list(data.predict_dataloader())
     assert len(batches) == len(data.predict_dataloader()) == 5
     assert torch.cat([batch.images for batch in batches]).tolist() == list(range(24))
-    assert torch.equal(batches[1].tokens[2], shards.tokens(7))
+    assert torch.equal(batches[1].tokens()[2], shards.tokens(7))
 
 
 def test_prediction_of_a_selection(shards: ShardSet, tmp_path: Path) -> None:

@@ -70,7 +70,10 @@ class Activity(NamedTuple):
 
 
 class AliveStatistics(Callback):
-    """Fills in alive, frequency, max, mean_active, std_active, n_images and class of the features table.
+    """Fills in alive, frequency, token_frequency, max, mean_active, std_active, n_images and class of the table.
+
+    The frequency is the share of images on which a feature is active, the token frequency that of tokens on which it
+    has a code above 0.
 
     Args:
         features: the features table.
@@ -94,17 +97,20 @@ class AliveStatistics(Callback):
         self.rare = rare
         self.common = common
         self._activity: Activity | None = None
+        self._n_fired = torch.zeros(0)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, SAEScoring)
         all_shards(trainer)
         self._activity = Activity.none(pl_module.sae.n_features, pl_module.device)
+        self._n_fired = torch.zeros(pl_module.sae.n_features, dtype=torch.int64, device=pl_module.device)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         assert isinstance(outputs, ImageScores) and self._activity is not None
         self._activity = self._activity.merge(Activity.of(outputs.scores, self.epsilon))
+        self._n_fired += outputs.fired.sum(dim=0)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._activity is not None
@@ -112,8 +118,12 @@ class AliveStatistics(Callback):
         total = Activity(*(field[0] for field in parts))
         for rank in range(1, trainer.world_size):
             total = total.merge(Activity(*(field[rank] for field in parts)))
+        n_fired = gather(trainer, self._n_fired).sum(dim=0)
         if trainer.is_global_zero:
-            update_features(self.features, table_columns(total, self.min_images, self.rare, self.common))
+            columns = table_columns(total, self.min_images, self.rare, self.common)
+            n_tokens = int(total.n_seen) * all_shards(trainer).spec.n_tokens
+            columns["token_frequency"] = (n_fired.double() / n_tokens).tolist()
+            update_features(self.features, columns)
         trainer.strategy.barrier("alive")
 
 

@@ -81,16 +81,24 @@ class Attributes(Callback):
     Args:
         features: the features table; the comparison goes to `attributes.json` beside it.
         prompts: the prompts file with the attributes.
+        n_images: how many of a feature's top images have to share a value.
         n_compare: features in each group of the comparison.
         min_share: share of the top images from which on an attribute counts as shared.
         seed: decides the random features.
     """
 
     def __init__(
-        self, features: Path, prompts: Path, n_compare: int = 20, min_share: float = 0.8, seed: int = 0
+        self,
+        features: Path,
+        prompts: Path,
+        n_images: int = 9,
+        n_compare: int = 20,
+        min_share: float = 0.8,
+        seed: int = 0,
     ) -> None:
         self.features = Path(features)
         self.prompts = Path(prompts)
+        self.n_images = n_images
         self.n_compare = n_compare
         self.min_share = min_share
         self.seed = seed
@@ -112,7 +120,7 @@ class Attributes(Callback):
         shards = all_shards(trainer)
         columns = label_columns(
             [
-                [values[shards.record(image).prompt_id] for image in row.top_images]
+                [values[shards.record(image).prompt_id] for image in row.top_images[: self.n_images]]
                 for row in read_features(self.features)
             ],
             frequencies(values),

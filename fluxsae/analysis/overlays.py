@@ -1,6 +1,6 @@
 """Where on an image a feature is active: its codes over the token grid, laid over the picture that was captured.
 
-Legend: M images, T tokens an image, H × W pixels, R × C token grid.
+Legend: M images, H × W pixels, R × C token grid.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, UInt8
 from lightning.pytorch import LightningModule, Trainer
 from matplotlib import colormaps
 from PIL import Image
-from torch import Tensor
 
+from fluxsae.activations import TokenBatch
+from fluxsae.analysis.arrays import SharedArray
 from fluxsae.analysis.coherence import check_images
-from fluxsae.analysis.gather import gather
-from fluxsae.features import Feature, Selection
+from fluxsae.analysis.maps import MAPS, FeatureMaps, MapFile, MapIndex, map_images
+from fluxsae.features import Selection
 from fluxsae.one_run import OneRunOnly
-from fluxsae.scoring import ImageScores, scored_shards
+from fluxsae.scoring import SAEScoring, scored_shards
 from fluxsae.shards.read import ShardSet
-from fluxsae.spec import Grid, parse_site
+from fluxsae.spec import parse_site
 from fluxsae.storage import read_csv, read_json, whole_file, write_csv, write_json
 
 Mode = Literal["smooth", "patch"]
@@ -92,29 +92,24 @@ def _to_bytes(values: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
     return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
 
 
-class FeatureMaps(NamedTuple):
-    """A feature's codes over the token grids of its top images."""
-
-    feature: int
-    images: tuple[int, ...]
-    maps: Float[np.ndarray, "M R C"]
-
-
 class Overlays(OneRunOnly):
-    """Leaves for each selected feature its top images with overlays, and the maps behind them; generates nothing again.
+    """Leaves maps of codes on top images, and pictures with them for a selection; generates nothing again.
 
-    Files are `feature-00017.png` and `feature-00017.npy` [M, R, C]. `overlays.csv` has a row an image: its largest
-    code, where on the grid that is, and the code shown in full colour.
+    All maps are in `maps.npy` [P, R, C], and `maps-index.npy` says of which feature and image each is. Pictures are
+    `feature-00017.png`; `overlays.csv` has a row an image of them: its largest code, where on the grid that is, the
+    code shown in full colour, and the row of its map.
 
     Args:
         folder: where to write.
         images: folder of the captured images.
-        select: which features and how many of their top images.
+        select: of which features to draw pictures, and with how many of their top images.
         mode: `smooth` or `patch`.
         clip_percentile: the percentile of the codes that is shown in full colour.
         scale: one for all images of a feature, or one an image.
         colormap: a colour map of matplotlib.
         side_by_side: the picture itself to the left of each overlay.
+        keep: of which features and top images to keep maps, beside those that are drawn. The data's `only` must let
+            all their images through.
     """
 
     def __init__(
@@ -127,6 +122,7 @@ class Overlays(OneRunOnly):
         scale: Scale = "shared",
         colormap: str = "inferno",
         side_by_side: bool = True,
+        keep: Selection | None = None,
     ) -> None:
         if not 0 < clip_percentile <= 100:
             raise ValueError(f"clip_percentile is {clip_percentile}, expected more than 0 and at most 100.")
@@ -139,9 +135,9 @@ class Overlays(OneRunOnly):
         self.scale: Scale = scale
         self.colormap = colormap
         self.side_by_side = side_by_side
-        self._rows: list[Feature] = []
-        self._wanted: dict[int, list[tuple[int, int]]] = {}
-        self._maps: Tensor | None = None
+        self.keep = keep
+        self._index = MapIndex.of()
+        self._maps: SharedArray | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         shards = scored_shards(trainer)
@@ -150,47 +146,54 @@ class Overlays(OneRunOnly):
                 f"{shards.spec.site} has text tokens, which lie nowhere on an image; overlay an image site."
             )
         check_images(ShardSet.open(self.images, "images"), shards)
-        self._rows = self.select.rows()
-        self._wanted = {}
-        for row, feature in enumerate(self._rows):
-            for column, image in enumerate(feature.top_images[: self.select.n_images]):
-                self._wanted.setdefault(image, []).append((row, column))
-        shape = (len(self._rows), self.select.n_images, shards.spec.n_tokens)
-        self._maps = torch.zeros(shape, device=pl_module.device)
+        kept = [(self.keep.rows(), self.keep.n_images)] if self.keep is not None else []
+        self._index = MapIndex.of((self.select.rows(), self.select.n_images), *kept)
+        if trainer.is_global_zero:
+            (self.folder / TABLE).unlink(missing_ok=True)
+        self._maps = SharedArray(trainer, self.folder / MAPS, (len(self._index), *shards.spec.generation.grid))
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        assert isinstance(outputs, ImageScores) and self._maps is not None
-        for i, image in enumerate(outputs.images.tolist()):
-            for row, column in self._wanted.get(image, ()):
-                self._maps[row, column] = outputs.codes[i, :, self._rows[row].feature]
+        assert isinstance(batch, TokenBatch) and isinstance(pl_module, SAEScoring) and self._maps is not None
+        found = map_images(self._index, pl_module.pooling, batch.images, batch.tokens)
+        if found is not None:
+            if not np.isfinite(found.maps).all():
+                where = scored_shards(trainer).first_not_finite(batch.images.tolist())
+                raise FloatingPointError(f"a code is NaN or infinite. {where or 'The SAE is damaged'}.")
+            self._maps.write(found.rows, found.maps.reshape(len(found.rows), *self._maps.array.shape[1:]))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._maps is not None
-        maps = gather(trainer, self._maps).sum(dim=0).cpu()  # each image was in one process only
-        if trainer.is_global_zero:
-            grid = scored_shards(trainer).spec.generation.grid
-            self._write(
-                [
-                    _feature_maps(row, flat, grid, self.select.n_images)
-                    for row, flat in zip(self._rows, maps, strict=True)
-                ]
+        n_written = self._maps.n_written(trainer)
+        if n_written != len(self._index):
+            raise ValueError(
+                f"{n_written} of {len(self._index)} maps could be made: the data's `only` leaves out images that are "
+                "to be shown; select the same, or more, there."
             )
+        if trainer.is_global_zero:
+            self._maps.finish()
+            self._index.save(self.folder)
+            self._draw()
         trainer.strategy.barrier("overlays")
 
-    def _write(self, features: list[FeatureMaps]) -> None:
-        images = ShardSet.open(self.images, "images")
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._maps is not None:
+            self._maps.discard(exception)
+        super().on_exception(trainer, pl_module, exception)
+
+    def _draw(self) -> None:
+        images, maps = ShardSet.open(self.images, "images"), MapFile.open(self.folder)
         rows: list[dict[str, Any]] = []
-        for feature in features:
-            tops = scales(feature.maps, self.clip_percentile, self.scale) if feature.images else []
-            rows += table_rows(feature, tops)
-            with whole_file(self.folder / map_name(feature.feature)) as temporary:
-                np.save(temporary, feature.maps)
-            if feature.images:
-                sheet = self._sheet(feature, tops, images)
-                with whole_file(self.folder / f"feature-{feature.feature:05d}.png") as temporary:
-                    sheet.save(temporary)
+        for selected in self.select.rows():
+            feature = maps.of(selected.feature, self.select.n_images)
+            if not feature.images:
+                continue
+            tops = scales(feature.maps, self.clip_percentile, self.scale)
+            rows += table_rows(feature, tops, maps.index.of_feature(feature.feature).start)
+            sheet = self._sheet(feature, tops, images)
+            with whole_file(self.folder / f"feature-{feature.feature:05d}.png") as temporary:
+                sheet.save(temporary)
         settings = {
             "images": str(self.images),
             "mode": self.mode,
@@ -210,21 +213,12 @@ class Overlays(OneRunOnly):
         return tile(tiles)
 
 
-def _feature_maps(row: Feature, flat: Float[Tensor, "M T"], grid: Grid, n_images: int) -> FeatureMaps:
-    images = row.top_images[:n_images]
-    return FeatureMaps(row.feature, images, flat[: len(images)].float().numpy().reshape(len(images), *grid))
-
-
-def map_name(feature: int) -> str:
-    return f"feature-{feature:05d}.npy"
-
-
-def table_rows(feature: FeatureMaps, tops: list[float]) -> list[dict[str, Any]]:
-    """The rows of `overlays.csv` for one feature."""
+def table_rows(feature: FeatureMaps, tops: list[float], first_map: int) -> list[dict[str, Any]]:
+    """The rows of `overlays.csv` for one feature, whose maps begin at row `first_map` of their file."""
     rows = []
     for rank, (image, codes, top) in enumerate(zip(feature.images, feature.maps, tops, strict=True)):
         row, column = divmod(int(codes.argmax()), codes.shape[1])
-        values = (feature.feature, rank, image, float(codes.max()), top, row, column, map_name(feature.feature))
+        values = (feature.feature, rank, image, float(codes.max()), top, row, column, first_map + rank)
         rows.append(dict(zip(COLUMNS, values, strict=True)))
     return rows
 
@@ -241,11 +235,18 @@ def tile(tiles: list[Image.Image], gap: int = 4) -> Image.Image:
 
 
 class OverlayFolder(NamedTuple):
-    """What `Overlays` left: how it drew, and the maps and clip values of every feature's images."""
+    """What `Overlays` left: how it drew, the clip values of every drawn feature's images, and the maps of all."""
 
     settings: dict[str, Any]
-    features: dict[int, FeatureMaps]
     scales: dict[int, list[float]]
+    maps: MapFile
+
+    def of(self, feature: int, n_images: int) -> tuple[FeatureMaps, list[float]]:
+        """A feature's maps on its best images, and their clip values: those drawn with, or as they would be."""
+        found, tops = self.maps.of(feature, n_images), self.scales.get(feature, [])
+        if len(tops) < len(found.images):
+            tops = scales(found.maps, self.settings["clip_percentile"], self.settings["scale"])
+        return found, tops[: len(found.images)]
 
 
 def read_overlays(folder: str | Path) -> OverlayFolder:
@@ -253,10 +254,7 @@ def read_overlays(folder: str | Path) -> OverlayFolder:
     folder = Path(folder)
     if not (folder / TABLE).exists():
         raise FileNotFoundError(f"there are no finished overlays in {folder}; run the overlays stage first.")
-    images: dict[int, list[int]] = {}
     tops: dict[int, list[float]] = {}
     for row in read_csv(folder / TABLE):
-        images.setdefault(int(row["feature"]), []).append(int(row["image"]))
         tops.setdefault(int(row["feature"]), []).append(float(row["scale"]))
-    features = {f: FeatureMaps(f, tuple(ids), np.load(folder / map_name(f))) for f, ids in images.items()}
-    return OverlayFolder(read_json(folder / SUMMARY), features, tops)
+    return OverlayFolder(read_json(folder / SUMMARY), tops, MapFile.open(folder))

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule, Trainer
 
-from fluxsae.analysis.gather import gather
+from fluxsae.analysis.arrays import SharedArray
+from fluxsae.analysis.by_feature import FILES, OFFSETS, write_by_feature
 from fluxsae.one_run import OneRunOnly
 from fluxsae.prompts import read_prompts
 from fluxsae.scoring import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY, ImageScores, SAEScoring, all_shards
 from fluxsae.shards.read import ShardSet
-from fluxsae.storage import remove_parts, whole_file, write_csv, write_json
+from fluxsae.storage import remove_parts, write_csv, write_json
 
 
 class ScoresWriter(OneRunOnly):
@@ -28,47 +25,42 @@ class ScoresWriter(OneRunOnly):
     Args:
         folder: where to write.
         prompts: a prompts file; the attributes of its prompts become columns of `images.csv`.
+        by_feature: leave S in the order of features and without its zeros, too (see `by_feature.py`). Where a tenth of
+            S is above 0 that takes a fifth of its space, and a feature's scores are in one place.
     """
 
-    def __init__(self, folder: Path, prompts: Path | None = None) -> None:
+    def __init__(self, folder: Path, prompts: Path | None = None, by_feature: bool = False) -> None:
         super().__init__(folder)
         self.prompts = prompts
-        self._matrix: Float[np.ndarray, "I F"] | None = None
-        self._n_rows = 0
-        self._temporary = ExitStack()
+        self.by_feature = by_feature
+        self._matrix: SharedArray | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, SAEScoring)
         shape = (len(all_shards(trainer)), pl_module.sae.n_features)
-        path = ""
         if trainer.is_global_zero:
             (self.folder / SUMMARY).unlink(missing_ok=True)
-            for name in (MATRIX, IMAGES, SUMMARY):
+            (self.folder / OFFSETS).unlink(missing_ok=True)
+            for name in (IMAGES, SUMMARY, *FILES):
                 remove_parts(self.folder / name)
-            path = str(self._temporary.enter_context(whole_file(self.folder / MATRIX)))
-            matrix = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            reserve(Path(path), matrix.nbytes + matrix.offset)
-            matrix.flush()
-        path = trainer.strategy.broadcast(path)
-        self._matrix, self._n_rows = np.lib.format.open_memmap(path, mode="r+"), 0
+        self._matrix = SharedArray(trainer, self.folder / MATRIX, shape)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         assert isinstance(outputs, ImageScores) and self._matrix is not None
-        write_rows(self._matrix, outputs.images.cpu(), outputs.scores.float().cpu())
-        self._n_rows += len(outputs.images)
+        self._matrix.write(outputs.images.cpu().numpy(), outputs.scores.float().cpu().numpy())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, SAEScoring) and isinstance(self._matrix, np.memmap)
-        self._matrix.flush()
-        n_images, n_features = self._matrix.shape
-        self._matrix = None
-        n_rows = int(gather(trainer, torch.tensor(self._n_rows, device=pl_module.device)).sum())
+        assert self._matrix is not None
+        n_images, n_features = self._matrix.array.shape
+        n_rows = self._matrix.n_written(trainer)
         if n_rows != n_images:
             raise ValueError(f"{n_rows} images were scored but the shards hold {n_images}; score all of them.")
         if trainer.is_global_zero:
-            self._temporary.close()
+            self._matrix.finish()
+            if self.by_feature:
+                write_by_feature(np.load(self.folder / MATRIX, mmap_mode="r"), self.folder)
             shards = all_shards(trainer)
             write_images(self.folder / IMAGES, shards, self.prompts)
             summary = {"n_images": n_images, "n_features": n_features, "spec": shards.spec.to_dict()}
@@ -76,21 +68,9 @@ class ScoresWriter(OneRunOnly):
         trainer.strategy.barrier("scores")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._temporary.__exit__(type(exception), exception, None)
+        if self._matrix is not None:
+            self._matrix.discard(exception)
         super().on_exception(trainer, pl_module, exception)
-
-
-def reserve(path: Path, size: int) -> None:
-    """Have the disk keep `size` bytes for a file. Writing to a map of one that it has no room for kills the process."""
-    if hasattr(os, "posix_fallocate"):
-        with path.open("rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, size)
-
-
-def write_rows(
-    matrix: Float[np.ndarray, "I F"], images: Int[torch.Tensor, "B"], scores: Float[torch.Tensor, "B F"]
-) -> None:
-    matrix[images.numpy()] = scores.numpy()
 
 
 def write_images(path: Path, shards: ShardSet, prompts: Path | None) -> None:

@@ -35,24 +35,23 @@ class SheetRow(NamedTuple):
 
 
 def sheet_rows(select: Selection, images: Path, overlays: Path) -> list[SheetRow]:
-    """The selected features that have overlays, with pictures from the captured images.
+    """The selected features that have maps, drawn over the captured images.
 
-    FileNotFoundError when images or overlays are missing, ValueError when no selected feature has overlays.
+    FileNotFoundError when images or overlays are missing, ValueError when no selected feature has maps.
     """
     pictures, drawn = ShardSet.open(images, "images"), read_overlays(overlays)
     mode, colormap = drawn.settings["mode"], drawn.settings["colormap"]
     rows = []
     for feature in select.rows():
-        if feature.feature not in drawn.features:
-            continue
-        maps, tops = drawn.features[feature.feature], drawn.scales[feature.feature]
+        maps, tops = drawn.of(feature.feature, select.n_images)
         examples = []
-        for image, codes, top in list(zip(maps.images, maps.maps, tops, strict=True))[: select.n_images]:
+        for image, codes, top in zip(maps.images, maps.maps, tops, strict=True):
             picture = pictures.image(image)
             examples.append(Example(image, picture, overlay(picture, codes, top, mode, colormap)))
-        rows.append(SheetRow(feature, examples))
+        if examples:
+            rows.append(SheetRow(feature, examples))
     if not rows:
-        raise ValueError(f"{overlays} has no overlays of the selected features; run the overlays stage again.")
+        raise ValueError(f"{overlays} has no maps of the selected features; run the overlays stage again.")
     return rows
 
 

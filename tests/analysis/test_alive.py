@@ -36,8 +36,9 @@ def test_any_batches_give_the_same(size: int) -> None:
 def test_callback(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     run(study, AliveStatistics(study.features, epsilon=0.01, min_images=3))
-    scores = all_scores(study)
+    scores, codes = all_scores(study), study.sae.encode(study.tokens.tokens_batch(range(24))).detach()
     for row in read_features(study.features):
         active = scores[:, row.feature] > 0.01
+        assert row.token_frequency == pytest.approx((codes[..., row.feature] > 0).double().mean().item())
         assert row.n_images == int(active.sum()) and row.alive == (row.n_images >= 3)
         assert row.max == pytest.approx(scores[:, row.feature].max().item(), abs=1e-4)

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from fluxsae.analysis.alive import AliveStatistics
+from fluxsae.analysis.maps import MapFile
 from fluxsae.analysis.overlays import Overlays, clip_value, overlay, read_overlays, scales
 from fluxsae.analysis.top_images import TopImages
-from fluxsae.features import Selection
+from fluxsae.features import Selection, read_features
 from fluxsae.figures.contact_sheet import contact_sheet, sheet_rows
 from fluxsae.storage import read_csv
 from tests.analysis.study import make_study, run
@@ -38,6 +39,36 @@ def test_scales() -> None:
     assert scales(maps, 100.0, "image") == [4.0, 2.0] and scales(maps, 100.0, "shared") == [4.0, 4.0]
 
 
+def test_maps_of_all_alive_features(tmp_path: Path) -> None:
+    study = make_study(tmp_path)
+    run(study, AliveStatistics(study.features), TopImages(study.features, 6))
+    every = Selection(study.features, n_features=None, rank_by="feature", n_images=5)
+    drawn = Selection(study.features, n_features=2, rank_by="max", n_images=6)
+    overlays = Overlays(tmp_path / "overlays", study.images.folder, drawn, keep=every)
+    with pytest.raises(ValueError, match=r"\d+ of \d+ maps .* `only` leaves out"):
+        run(study, overlays, only=Selection(study.features, n_features=1, rank_by="max", n_images=1))
+    assert not (tmp_path / "overlays" / "maps.npy").exists()
+    run(study, overlays, only=Selection(study.features, n_features=None, rank_by="feature", n_images=6))
+    maps, pairs = (np.load(tmp_path / "overlays" / name) for name in ("maps.npy", "maps-index.npy"))
+    codes = study.sae.encode(study.tokens.tokens_batch(range(24))).detach().numpy()
+    expected = codes[pairs[:, 1], :, pairs[:, 0]].reshape(-1, 4, 4)
+    assert np.allclose(maps, expected, atol=1e-5)
+    two = {row.feature for row in drawn.rows()}
+    alive = [row for row in read_features(study.features) if row.alive]
+    shown = [(row.feature, i) for row in alive for i in row.top_images[: 6 if row.feature in two else 5]]
+    assert pairs.tolist() == [list(pair) for pair in shown] and len(alive) > 10
+    for row in read_csv(tmp_path / "overlays" / "overlays.csv"):
+        assert pairs[int(row["map"])].tolist() == [int(row["feature"]), int(row["image"])]
+    opened = MapFile.open(tmp_path / "overlays")
+    assert isinstance(opened.maps, np.memmap) and len(opened.of(alive[3].feature, 2).maps) == 2
+    undrawn = next(row.feature for row in alive if row.feature not in two)
+    select = Selection(study.features, features=(undrawn,), n_images=4)
+    (row,) = sheet_rows(select, study.images.folder, tmp_path / "overlays")
+    found, tops = read_overlays(tmp_path / "overlays").of(undrawn, 4)
+    assert [example.image for example in row.examples] == list(found.images) == list(row.feature.top_images[:4])
+    assert tops == [clip_value(found.maps, 99.0)] * 4
+
+
 def test_callback_and_contact_sheet(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     run(study, AliveStatistics(study.features), TopImages(study.features, 4))
@@ -45,7 +76,8 @@ def test_callback_and_contact_sheet(tmp_path: Path) -> None:
     run(study, Overlays(tmp_path / "overlays", study.images.folder, select), only=select)
     drawn = read_overlays(tmp_path / "overlays")
     for row in select.rows():
-        maps = drawn.features[row.feature]
+        maps, tops = drawn.of(row.feature, 3)
+        assert tops == pytest.approx(scales(maps.maps, 99.0, "shared"))
         assert maps.images == row.top_images[:3]
         codes = study.sae.encode(study.tokens.tokens(row.top_images[0])).detach()[:, row.feature]
         assert np.allclose(maps.maps[0], codes.numpy().reshape(4, 4), atol=1e-5)

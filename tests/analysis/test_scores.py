@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from lightning.pytorch import Callback
 
+from fluxsae.analysis import by_feature
+from fluxsae.analysis.by_feature import read_by_feature, write_by_feature
 from fluxsae.analysis.scores_writer import ScoresWriter
 from fluxsae.features import Selection, update_features
 from fluxsae.sae import save_sae
 from fluxsae.scoring import Scores, prompt_key
-from fluxsae.shards.read import ShardSet
 from tests.analysis.study import Study, all_scores, make_study, run
 from tests.synthetic import capture_spec
 
@@ -31,6 +32,25 @@ def test_matrix_and_table(study: Study) -> None:
         "image": "3", "prompt_id": "1", "repetition": "1", "seed": "1003",
         "prompt": "a small thing number 1", "kind": "a|b", "object": "thing 1",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("block", [1, 60, 10**6])
+def test_by_feature(study: Study, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_feature, "_BLOCK", block)
+    with pytest.raises(FileNotFoundError, match="by_feature: true"):
+        read_by_feature(study.folder / "scores", 0)
+    run(study, ScoresWriter(study.folder / "scores", by_feature=True))
+    matrix = Scores.open(study.folder / "scores").matrix
+    found = [read_by_feature(study.folder / "scores", feature) for feature in range(24)]
+    for feature, (images, values) in enumerate(found):
+        assert np.array_equal(images, np.flatnonzero(matrix[:, feature]))
+        assert np.array_equal(values, matrix[images, feature])
+    assert 0 < sum(len(scores.images) for scores in found) < matrix.size
+
+
+def test_by_feature_of_nothing(tmp_path: Path) -> None:
+    write_by_feature(np.zeros((3, 2), np.float32), tmp_path)
+    assert len(read_by_feature(tmp_path, 1).images) == 0
 
 
 def test_no_scores_where_none_were_finished(study: Study) -> None:
@@ -68,9 +88,11 @@ def test_an_unknown_spec_is_accepted(study: Study) -> None:
     run(study)
 
 
-def test_a_score_that_is_no_number_is_refused(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = ShardSet.tokens
-    monkeypatch.setattr(ShardSet, "tokens", lambda self, i: whole(self, i) * (float("nan") if i == 7 else 1))
+def test_a_score_that_is_no_number_is_refused(study: Study) -> None:
+    stored = study.tokens.stored_tokens(7)
+    with stored.file.path.open("rb+") as file:
+        file.seek(stored.start + stored.layout.tokens)
+        file.write(b"\xc0\x7f")  # NaN in bf16
     with pytest.raises(FloatingPointError, match=r"image 7 in .*shard-\d+.tar .*site .*, step .*delete that file"):
         run(study, ScoresWriter(study.folder / "nan"))
     assert not (study.folder / "nan").exists()

@@ -1,0 +1,73 @@
+"""A float32 array in a file that one or more processes fill row by row. Legend: P rows, M some of them."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from jaxtyping import Float, Int
+from lightning.pytorch import Trainer
+
+from fluxsae.analysis.gather import gather_objects
+from fluxsae.storage import remove_parts, whole_file
+
+
+class SharedArray:
+    """An `.npy` file that appears under its name when all its rows have been written, by whichever processes.
+
+    The host's memory does not grow with it, as it is a memory map.
+
+    Args:
+        trainer: whose processes write to it; all of them must see the file's folder.
+        path: the file.
+        shape: of the array.
+    """
+
+    def __init__(self, trainer: Trainer, path: Path, shape: tuple[int, ...]) -> None:
+        self.path = path
+        self._n_written = 0
+        self._temporary = ExitStack()
+        name = ""
+        if trainer.is_global_zero:
+            remove_parts(path)
+            name = str(self._temporary.enter_context(whole_file(path)))
+            _make(Path(name), shape)
+        self.array: Float[np.ndarray, "P *shape"] = np.load(trainer.strategy.broadcast(name), mmap_mode="r+")
+
+    def write(self, rows: Int[np.ndarray, "M"], values: Float[np.ndarray, "M *shape"]) -> None:
+        """Fill some rows, each of which must be written once."""
+        self.array[rows] = values
+        self._n_written += len(rows)
+
+    def n_written(self, trainer: Trainer) -> int:
+        """How many rows all processes have written; what they wrote is in the file from then on."""
+        if isinstance(self.array, np.memmap):
+            self.array.flush()
+        return sum(gather_objects(trainer, [self._n_written]))
+
+    def finish(self) -> None:
+        """Give the file its name, when every process has asked for `n_written`. Only the first process has a part."""
+        self._temporary.close()
+
+    def discard(self, exception: BaseException, traceback: TracebackType | None = None) -> None:
+        """Remove what has been written."""
+        self._temporary.__exit__(type(exception), exception, traceback)
+
+
+def _make(path: Path, shape: tuple[int, ...]) -> None:
+    if 0 in shape:  # which no memory map can be of
+        np.save(path, np.zeros(shape, np.float32))
+        return
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    reserve(path, array.nbytes + array.offset)
+    array.flush()
+
+
+def reserve(path: Path, size: int) -> None:
+    """Have the disk keep `size` bytes for a file. Writing to a map of one that it has no room for kills the process."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, size)

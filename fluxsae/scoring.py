@@ -46,22 +46,23 @@ class SAEScoring(LightningModule):
     """Pools the codes of captured tokens and hands scores to the callbacks; run it with `predict` on `ActivationData`.
 
     The batches themselves are not kept: what callbacks write is the result, and memory does not grow with the data.
-    With `precision: bf16-mixed` on an NVIDIA GPU, kernels encode and pool at once. `pooling` is how, from the start of
-    a run on, also for callbacks that want codes of a few features.
+    `pooling` is how, from the start of a run on, also for callbacks that want codes of a few features.
 
     Args:
         sae: folder of an SAE, or a seed checkpoint.
         allow: what may differ between the tokens' capture and that which the SAE was trained on, such as
             `[step, height, width]`. Other prompts and seeds always may; another width of tokens never.
+        fused: with `precision: bf16-mixed` on an NVIDIA GPU, encode and pool at once by hand-made kernels.
     """
 
-    def __init__(self, sae: Path, allow: list[str] | None = None) -> None:
+    def __init__(self, sae: Path, allow: list[str] | None = None, fused: bool = False) -> None:
         super().__init__()
         unknown = sorted(set(allow or ()) - set(MAY_DIFFER))
         if unknown:
             raise ValueError(unknown_key(unknown[0], MAY_DIFFER, "allow", what="field"))
         self.sae = load_sae(sae)
         self.path = sae
+        self.fused = fused
         self.pooling: Pooling = PlainPooling(self.sae)
         self.allow = tuple(allow or ())
 
@@ -79,7 +80,8 @@ class SAEScoring(LightningModule):
                 f"the SAE at {self.path} reads width {self.sae.d_in}; use the SAE of this site."
             )
         self.trainer.predict_loop.return_predictions = False  # scores of all images would fill the memory
-        self.pooling = pooling_of(self.sae, str(self.trainer.precision))
+        if self.fused:
+            self.pooling = pooling_of(self.sae, str(self.trainer.precision))
 
     def predict_step(self, batch: TokenBatch) -> ImageScores | Int[Tensor, "B"]:
         """The scores of a batch; where `only` narrows the data, which whoever wants scores refuses, just its images."""

@@ -1,54 +1,55 @@
 """Generates images from prompts and captures what modules of the transformer hold meanwhile, as shard sets.
 
-Legend: B batch, T tokens an image, D width.
+Legend: B batch, T tokens an image, D width, H×W pixels of an image.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import suppress
+from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from lightning import Callback, LightningModule, Trainer
-from PIL import Image
 from torch import Tensor
 
+from fluxsae.capture_folder import (
+    CaptureSet,
+    check_space,
+    claim_folder,
+    image_bytes,
+    open_sets,
+    set_folder,
+    token_bytes,
+)
+from fluxsae.capture_progress import ProgressLog
 from fluxsae.flux.embeddings import EmbeddingCache
-from fluxsae.flux.generate import generate, time_shift
+from fluxsae.flux.generate import generate, pictures, time_shift
 from fluxsae.flux.load import FluxPipeline, load_frame, load_pipeline, transformer_skeleton, weights_identity
-from fluxsae.flux.record import record
-from fluxsae.flux.streams import find_module
+from fluxsae.flux.place import place
+from fluxsae.flux.record import TapeIsFull, record
+from fluxsae.flux.shapes import token_shapes
 from fluxsae.one_run import OneRunOnly
-from fluxsae.prompts import Prompt, prompts_hash
+from fluxsae.prompts import prompts_hash
 from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
+from fluxsae.shards.background import Background, HostCopy
 from fluxsae.shards.format import SampleRecord, Storage
-from fluxsae.shards.write import ShardWriter
-from fluxsae.spec import CaptureSpec, GenerationSpec, Site, check_step, differences, parse_site, token_grid
-from fluxsae.storage import read_json, remove_parts, write_json, write_text
+from fluxsae.spec import GenerationSpec, check_step, parse_site, token_grid
 
 __all__ = ["FluxCapture", "GenerationRequest", "PromptData", "RequestBatch", "image_seed", "set_folder"]
 
 logger = logging.getLogger(__name__)
 
 DType = Literal["float32", "bfloat16", "float16"]
-GENERATION = "generation.json"
 MAX_TEXT_LENGTH = 512
 """The most text tokens that diffusers' FLUX pipeline takes."""
-
-
-class CaptureSet(NamedTuple):
-    """One shard set that a capture fills: tokens of a site at a step, or the images when `site` is None."""
-
-    writer: ShardWriter
-    site: str | None = None
-    step: int = 0
 
 
 class AbandonParts(Callback):
@@ -56,8 +57,7 @@ class AbandonParts(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         assert isinstance(pl_module, FluxCapture)
-        for one in pl_module.sets:
-            one.writer.abandon()
+        pl_module.abandon()
 
 
 class FluxCapture(LightningModule):
@@ -79,8 +79,12 @@ class FluxCapture(LightningModule):
         images: keep the pictures; without them the sampler stops after the last of `steps`.
         storage: how tokens are stored.
         dtype: the model's; by default float32 on a CPU and bfloat16 elsewhere.
-        keep_embeddings: keep prompt embeddings in `folder/embeddings`, so that no prompt is ever encoded twice;
-            for FLUX.1 at 512 tokens that is 4 MiB a prompt.
+        keep_embeddings: encode all prompts first, keep their embeddings in `folder/embeddings`, so that none is ever
+            encoded twice, and take the text encoders off the device before the first image is made. For FLUX.1 at 512
+            tokens that is 4 MiB a prompt on disk. Otherwise prompts are encoded as they come.
+        compile: compile the transformer's blocks; by default on a GPU.
+        offload_blocks: how many single-stream blocks of the transformer stay in host memory and are copied to the
+            device in every step, see `fluxsae.flux.offload`. For FLUX.1 each spares 283 MB, but for two.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class FluxCapture(LightningModule):
         storage: Storage = "bf16",
         dtype: DType | None = None,
         keep_embeddings: bool = True,
+        compile: bool | None = None,
+        offload_blocks: int = 0,
     ) -> None:
         super().__init__()
         token_grid(height, width)
@@ -128,36 +134,49 @@ class FluxCapture(LightningModule):
         self.storage: Storage = storage
         self.dtype_name = dtype
         self.keep_embeddings = keep_embeddings
+        self.compile_blocks = compile
+        self.offload_blocks = offload_blocks
         self.sets: list[CaptureSet] = []
+        self._background = Background()
         self._n_made = 0
         self._started = math.nan
 
     def configure_callbacks(self) -> list[Callback]:
-        return [OneRunOnly(self.folder), AbandonParts()]
+        return [AbandonParts(), OneRunOnly(self.folder)]  # parts go while the folder is still claimed
 
     def setup(self, stage: str) -> None:
-        """Everything that can be refused before weights are loaded: sites, and a folder that holds something else."""
-        skeleton = transformer_skeleton(self.model)
-        for site in self.sites:
-            find_module(skeleton, site)
+        """Everything that can be refused before weights are loaded: sites, a full disk, a folder of something else."""
         self.data = self._prompt_data()
         self.spec = self._generation_spec(self.data)
-        self._claim_folder()
-        self.sets = self._open_sets()
+        skeleton = transformer_skeleton(self.model)
+        shapes = token_shapes(skeleton, self.sites, self.spec.grid, self.spec.text_length)
+        claim_folder(self.folder, self.spec, self.data, write=False)
+        keys = product(self.sites, self.steps)
+        self.sets = open_sets(self.folder, self.spec, keys, self.storage, self.data, self.images)
+        sizes = {str(site): token_bytes(*shape, self.storage) for site, shape in zip(self.sites, shapes, strict=True)}
+        if self.trainer.is_global_zero:
+            check_space(self.folder, [self._bytes_to_come(one, sizes) for one in self.sets])
+        claim_folder(self.folder, self.spec, self.data, write=self.trainer.is_global_zero)
+        self._n_tokens = len(self.steps) * sum(shape.n_tokens for shape in shapes)
+        self._background = Background()
+        self._progress = ProgressLog()
         self._started = time.monotonic()
 
     def predict_step(self, batch: RequestBatch, batch_idx: int = 0) -> int:
         """How many images were made: none when every set already has the batch's shard."""
-        samples = self.data.samples(batch.shard)
-        pending = [one for one in self.sets if not one.writer.is_complete(batch.shard, samples)]
+        pending = self._pending(batch)
         if not pending:
             return 0
         self._make(batch, pending)
         self._n_made += len(batch.requests)
+        n_bytes = sum(one.writer.n_bytes for one in self.sets)
+        self._progress.show(self._n_made, len(self._requests_to_come), self._n_made * self._n_tokens, n_bytes)
         return len(batch.requests)
 
     def on_predict_end(self) -> None:
         """Once every process is done, the first writes each set's metadata: a set that has it is whole."""
+        self._background.wait()
+        self._background.stop()
         seconds = time.monotonic() - self._started
         logger.info(
             "made %d images in %.0f s (%.2f images/s)", self._n_made, seconds, self._n_made / max(seconds, 1e-9)
@@ -170,21 +189,42 @@ class FluxCapture(LightningModule):
                 left_over.unlink()
         self.trainer.strategy.barrier("finalised")
 
+    def abandon(self) -> None:
+        """Stop writing, and remove what is not whole."""
+        self._background.stop()
+        for one in self.sets:
+            one.writer.abandon()
+
     @cached_property
     def _pipe_and_embeddings(self) -> tuple[FluxPipeline, EmbeddingCache]:
         """Loaded when first needed: a finished capture that is started again loads nothing."""
-        dtype = getattr(torch, self.spec.dtype)
-        pipe = load_pipeline(self.model, dtype=dtype, device=self.device)
+        pipe = load_pipeline(self.model, dtype=getattr(torch, self.spec.dtype))
         kept = self.folder / "embeddings" if self.keep_embeddings else None
-        return pipe, EmbeddingCache(kept, pipe, self.spec.model_hash, self.spec.text_length)
+        embeddings = EmbeddingCache(kept, pipe, self.spec.model_hash, self.spec.text_length)
+        if self.keep_embeddings:
+            embeddings.encode_ahead([request.prompt for request in self._requests_to_come], self.device)
+        compiled = self.device.type == "cuda" if self.compile_blocks is None else self.compile_blocks
+        return place(pipe, self.device, n_offloaded=self.offload_blocks, compiled=compiled), embeddings
+
+    @cached_property
+    def _requests_to_come(self) -> list[GenerationRequest]:
+        """The images that this process has to make."""
+        batches = [batch for batch in self.data.predict_dataloader() if self._pending(batch)]
+        return [request for batch in batches for request in batch.requests]
+
+    def _pending(self, batch: RequestBatch) -> list[CaptureSet]:
+        """The sets that do not have the batch's shard yet."""
+        return [one for one in self.sets if batch.shard in one.missing]
 
     def _make(self, batch: RequestBatch, pending: Sequence[CaptureSet]) -> None:
+        """Make a batch's images and hand over what is to be written, without waiting for it or for the sampler."""
         pipe, embeddings = self._pipe_and_embeddings
         keys = [(one.site, one.step) for one in pending if one.site is not None]
         steps = [step for _, step in keys]
-        images = len(keys) < len(pending)
-        with record(pipe, sorted({site for site, _ in keys}), steps) as tape:
-            made = generate(
+        images, pixels = len(keys) < len(pending), None
+        sites = sorted({site for site, _ in keys})
+        with record(pipe, sites, steps, stop_when_full=not images) as tape, suppress(TapeIsFull):
+            pixels = generate(
                 pipe,
                 embeddings.get([request.prompt for request in batch.requests]),
                 [request.seed for request in batch.requests],
@@ -194,11 +234,14 @@ class FluxCapture(LightningModule):
                 guidance=self.guidance,
                 text_length=self.spec.text_length,
                 images=images,
-                last_step=None if images else max(steps),
-            )
-        for one in pending:
-            payloads = made.images if one.site is None else tape[one.site, one.step]
-            _write(one.writer, batch, payloads)
+            ).pixels
+        made = [pixels if one.site is None else tape[one.site, one.step] for one in pending]
+        copies = [HostCopy(tensor) for tensor in made if tensor is not None]
+        self._background.put(partial(_write, batch, pending, copies))
+
+    def _bytes_to_come(self, one: CaptureSet, sizes: dict[str, int]) -> int:
+        size = image_bytes(self.spec) if one.site is None else sizes[one.site]
+        return size * sum(map(self.data.samples, one.missing))
 
     def _prompt_data(self) -> PromptData:
         data = getattr(self.trainer, "datamodule", None)
@@ -224,83 +267,15 @@ class FluxCapture(LightningModule):
             base_seed=data.base_seed,
         )
 
-    def _claim_folder(self) -> None:
-        """Write what this capture is. ValueError when the folder holds another, naming each field and both values."""
-        path = self.folder / GENERATION
-        values = {
-            "spec": self.spec.to_dict(),
-            "prompts": str(self.data.path),
-            "n_prompts": len(self.data.prompts),
-            "n_images": self.data.n_images,
-            "images_per_shard": self.data.images_per_shard,
-        }
-        if path.exists():
-            _refuse_another(path, self.spec, self.data.images_per_shard)
-        if self.trainer.is_global_zero:
-            # Always: attributes may have been corrected since, which changes no image.
-            remove_parts(self.folder / "prompts.jsonl")
-            remove_parts(path)
-            lines = [json.dumps(_prompt_line(prompt), ensure_ascii=False) + "\n" for prompt in self.data.prompts]
-            write_text(self.folder / "prompts.jsonl", "".join(lines))
-            write_json(path, values)
 
-    def _open_sets(self) -> list[CaptureSet]:
-        per_shard = self.data.images_per_shard
-        sets = [
-            CaptureSet(
-                ShardWriter(
-                    set_folder(self.folder, site, step),
-                    CaptureSpec(self.spec, str(site), step),
-                    "tokens",
-                    self.storage,
-                    per_shard,
-                ),
-                str(site),
-                step,
-            )
-            for site in self.sites
-            for step in self.steps
-        ]
-        if self.images:
-            writer = ShardWriter(self.folder / "images", self.spec, "images", self.storage, per_shard)
-            sets.append(CaptureSet(writer))
-        return sets
+def _write(batch: RequestBatch, pending: Sequence[CaptureSet], copies: Sequence[HostCopy]) -> None:
+    for one, copy in zip(pending, copies, strict=True):
+        _write_one(one, batch, copy.wait())
 
 
-def set_folder(folder: Path, site: str | Site, step: int) -> Path:
-    """Where a capture's folder holds the tokens of a site at a step, with "@" for ":", which not all systems allow."""
-    return folder / str(site).replace(":", "@") / f"step-{step:02d}"
-
-
-def _write(
-    writer: ShardWriter, batch: RequestBatch, payloads: Float[Tensor, "B T D"] | list[Image.Image] | None
-) -> None:
-    assert payloads is not None
-    if isinstance(payloads, Tensor):
-        payloads = payloads.cpu()  # once for the batch
+def _write_one(one: CaptureSet, batch: RequestBatch, values: Float[Tensor, "B T D"] | UInt8[Tensor, "B H W 3"]) -> None:
+    payloads = pictures(values) if one.site is None else values
     for request, payload in zip(batch.requests, payloads, strict=True):
-        writer.add(batch.shard, SampleRecord(*request), payload)
+        one.writer.add(batch.shard, SampleRecord(*request), payload)
     if batch.last_of_shard:
-        writer.close_shard(batch.shard)
-
-
-def _refuse_another(path: Path, spec: GenerationSpec, images_per_shard: int) -> None:
-    """ValueError when `path` tells of another generation, or of shards of another size."""
-    values = read_json(path)
-    try:
-        found, found_size = GenerationSpec.from_dict(values["spec"]), values["images_per_shard"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not a capture's record (no {error}); remove its folder or name another."
-        ) from error
-    other = differences(found, spec)
-    if found_size != images_per_shard:
-        other.append(f"images_per_shard: {found_size!r} != {images_per_shard!r}")
-    if other:
-        raise ValueError(
-            f"{path.parent} holds another capture ({'; '.join(other)}); name another folder or remove this one."
-        )
-
-
-def _prompt_line(prompt: Prompt) -> dict[str, Any]:
-    return {"id": prompt.id, "prompt": prompt.text, "attributes": prompt.attributes}
+        one.writer.close_shard(batch.shard)

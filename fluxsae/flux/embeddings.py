@@ -32,7 +32,8 @@ def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str], text_length: int)
 
     Each prompt is encoded by itself, so that its embedding does not depend on the others to the last bit.
     """
-    parts = [pipe.encode_prompt(prompt, max_sequence_length=text_length)[:2] for prompt in prompts]
+    device = pipe.text_encoder_2.device
+    parts = [pipe.encode_prompt(prompt, device=device, max_sequence_length=text_length)[:2] for prompt in prompts]
     return PromptEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -49,7 +50,7 @@ class EmbeddingCache:
 
     def __init__(self, folder: Path | None, pipe: FluxPipeline, model_hash: str, text_length: int) -> None:
         self._folder = folder
-        self._pipe = pipe
+        self._pipe: FluxPipeline | None = pipe
         self._text_length = text_length
         self._identity = [model_hash, text_length, str(pipe.text_encoder_2.dtype)]
         self._latest: dict[str, PromptEmbeddings] = {}
@@ -60,18 +61,40 @@ class EmbeddingCache:
         parts = [self._latest[prompt] for prompt in prompts]
         return PromptEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
+    def encode_ahead(self, prompts: Sequence[str], device: torch.device) -> None:
+        """Put the embeddings of `prompts` into the folder, and let go of the pipeline's text encoders.
+
+        They are on `device` meanwhile, alone; where nothing is missing from the folder they never get there.
+        """
+        assert self._folder is not None and self._pipe is not None
+        encoders = (self._pipe.text_encoder, self._pipe.text_encoder_2)
+        missing = [prompt for prompt in dict.fromkeys(prompts) if _read(self._path(prompt)) is None]
+        for prompt in missing:
+            for encoder in encoders:
+                encoder.to(device)
+            self._one(prompt)
+        self._pipe.register_modules(text_encoder=None, text_encoder_2=None)
+        self._pipe = None
+
+    def _path(self, prompt: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{hash_json([*self._identity, prompt])}.safetensors"
+
     def _one(self, prompt: str) -> PromptEmbeddings:
         if self._folder is None:
             return self._encode(prompt)
-        path = self._folder / f"{hash_json([*self._identity, prompt])}.safetensors"
+        path = self._path(prompt)
         found = _read(path)
         if found is None:
+            if self._pipe is None:
+                raise FileNotFoundError(f"{path} was removed or damaged meanwhile; run the capture again to go on.")
             found = self._encode(prompt)
             with whole_file(path) as temporary:
                 save_file(found._asdict(), temporary)
         return found
 
     def _encode(self, prompt: str) -> PromptEmbeddings:
+        assert self._pipe is not None
         encoded = encode_prompts(self._pipe, [prompt], self._text_length)
         return PromptEmbeddings(encoded.prompt.cpu().contiguous(), encoded.pooled.cpu().contiguous())
 

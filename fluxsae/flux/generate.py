@@ -1,30 +1,42 @@
 """Generates images with diffusers' own pipeline, so that an image depends on its prompt and seed and not on its batch.
 
-Legend: B batch, T tokens an image, C latent channels of a token, L text tokens, E their width, P pooled width.
+Legend: B batch, T tokens an image, C latent channels of a token, L text tokens, E their width, P pooled width;
+H and W are an image's pixels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
+from fluxsae.flux.alone import EachAlone
+from fluxsae.flux.compiled import is_compiled
 from fluxsae.flux.embeddings import PromptEmbeddings, encode_prompts
 from fluxsae.spec import check_step, token_grid
 
 
 class Generated(NamedTuple):
-    """Latents as the transformer sees them (2×2 patches), after the last step that ran, and pictures where wanted."""
+    """Latents as the transformer sees them (2×2 patches), after the last step that ran, and pixels where wanted.
+
+    Both are on the pipeline's device, where they may still be being computed.
+    """
 
     latents: Float[Tensor, "B T C"]
-    images: list[Image.Image] | None
+    pixels: UInt8[Tensor, "B H W 3"] | None
+
+    @property
+    def images(self) -> list[Image.Image] | None:
+        """The pictures, copied from the device."""
+        return None if self.pixels is None else pictures(self.pixels.cpu())
 
 
 def initial_noise(
@@ -56,6 +68,8 @@ def generate(
 ) -> Generated:
     """One image for each pair of a prompt and a seed.
 
+    On a CPU in float32 an image is the same to the bit alone and in any batch, unless blocks are compiled; elsewhere
+    it is the same up to rounding.
     With `last_step` the sampler stops after that step, and what it leaves is unfinished: `images` must be False.
     Raises ValueError for sizes that are no multiples of 16, a step beyond the schedule, or fewer seeds than prompts.
     """
@@ -68,28 +82,43 @@ def generate(
         prompts = encode_prompts(pipe, list(prompts), text_length)
     if len(prompts.prompt) != len(seeds):
         raise ValueError(f"there are {len(prompts.prompt)} prompts but {len(seeds)} seeds; give each prompt its seed.")
-    latents: Tensor = pipe(
-        latents=initial_noise(seeds, height, width, pipe.transformer.config.in_channels // 4, pipe.transformer.dtype),
-        prompt_embeds=prompts.prompt.to(pipe._execution_device, pipe.transformer.dtype),
-        pooled_prompt_embeds=prompts.pooled.to(pipe._execution_device, pipe.transformer.dtype),
-        height=height,
-        width=width,
-        num_inference_steps=n_steps,
-        guidance_scale=guidance,
-        max_sequence_length=text_length,
-        output_type="latent",
-        callback_on_step_end=None if last_step is None else _stop_after(last_step),
-    ).images
+    device, dtype = pipe._execution_device, pipe.transformer.dtype
+    exact = device.type == "cpu" and dtype == torch.float32 and not is_compiled(pipe.transformer)
+    with EachAlone(len(seeds)) if exact else nullcontext():
+        latents: Tensor = pipe(
+            latents=initial_noise(seeds, height, width, pipe.transformer.config.in_channels // 4, dtype),
+            prompt_embeds=prompts.prompt.to(device, dtype),
+            pooled_prompt_embeds=prompts.pooled.to(device, dtype),
+            height=height,
+            width=width,
+            num_inference_steps=n_steps,
+            guidance_scale=guidance,
+            max_sequence_length=text_length,
+            output_type="latent",
+            callback_on_step_end=None if last_step is None else _stop_after(last_step),
+        ).images
     return Generated(latents, decode_latents(pipe, latents, height, width) if images else None)
 
 
 @torch.no_grad()
-def decode_latents(pipe: FluxPipeline, latents: Float[Tensor, "B T C"], height: int, width: int) -> list[Image.Image]:
-    """The pictures of finished latents, as the pipeline itself would return them."""
+def decode_latents(
+    pipe: FluxPipeline, latents: Float[Tensor, "B T C"], height: int, width: int
+) -> UInt8[Tensor, "B H W 3"]:
+    """The pixels of finished latents, as the pipeline itself would round them; nothing waits for the device.
+
+    Images are decoded one by one: they do not depend on their batch, and take the memory of one.
+    """
     config = pipe.vae.config
     unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)
     unpacked = unpacked / config.scaling_factor + config.shift_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(unpacked, return_dict=False)[0], output_type="pil")
+    decoded = torch.cat([pipe.vae.decode(one, return_dict=False)[0] for one in unpacked.split(1)])
+    shown = pipe.image_processor.postprocess(decoded, output_type="pt")
+    return (shown.float() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def pictures(pixels: UInt8[Tensor, "B H W 3"]) -> list[Image.Image]:
+    """Pixels in host memory as pictures."""
+    return [Image.fromarray(one.numpy()) for one in pixels]
 
 
 def time_shift(scheduler: Any, n_tokens: int) -> float:

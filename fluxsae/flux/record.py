@@ -13,11 +13,16 @@ from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fluxsae.flux.compiled import uncompiled
 from fluxsae.flux.steps import StepCounter, count_steps
 from fluxsae.flux.streams import find_module, read_stream
 from fluxsae.spec import Site, parse_site
 
 Key = tuple[str, int]
+
+
+class TapeIsFull(Exception):
+    """Leaves a call of the pipeline at the module that completed the tape: what follows it is not wanted."""
 
 
 class Tape(Mapping[Key, Tensor]):
@@ -45,6 +50,11 @@ class Tape(Mapping[Key, Tensor]):
     def __len__(self) -> int:
         return len(self._tokens)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every step of every site is on it."""
+        return len(self) == len(self._sites) * len(self._steps)
+
     def start(self, n_steps: int) -> None:
         """Forget the last call of the pipeline: another begins."""
         self._tokens.clear()
@@ -67,12 +77,15 @@ class Tape(Mapping[Key, Tensor]):
 
 
 @contextmanager
-def record(pipe: FluxPipeline, sites: Sequence[str | Site], steps: Sequence[int]) -> Iterator[Tape]:
+def record(
+    pipe: FluxPipeline, sites: Sequence[str | Site], steps: Sequence[int], stop_when_full: bool = False
+) -> Iterator[Tape]:
     """Record the tokens at `sites` and `steps` of every call of `pipe` inside the context; the tape holds the latest.
 
     With true classifier-free guidance the pass on the prompt is recorded. A copy is kept, on the transformer's device
     and in its dtype. Hooks run in the order in which they are entered: the tape holds a site's tokens as an `intervene`
-    entered earlier left them, and from before one entered later.
+    entered earlier left them, and from before one entered later. With `stop_when_full` the call of the pipeline ends in
+    `TapeIsFull` as soon as the tape holds all that was asked for.
 
     Raises ValueError, listing near matches, for a site that is no module or lacks the stream.
     """
@@ -80,20 +93,23 @@ def record(pipe: FluxPipeline, sites: Sequence[str | Site], steps: Sequence[int]
     modules = [find_module(pipe.transformer, site) for site in parsed]
     tape = Tape(parsed, steps)
     with ExitStack() as stack:
+        stack.enter_context(uncompiled(pipe.transformer, modules))
         counter = stack.enter_context(count_steps(pipe, on_start=tape.start))
         for site, module in zip(parsed, modules, strict=True):
-            hook = _recorder(tape, counter, site, frozenset(steps))
+            hook = _recorder(tape, counter, site, frozenset(steps), stop_when_full)
             stack.callback(module.register_forward_hook(hook).remove)
         yield tape
 
 
 def _recorder(
-    tape: Tape, counter: StepCounter, site: Site, steps: frozenset[int]
+    tape: Tape, counter: StepCounter, site: Site, steps: frozenset[int], stop_when_full: bool
 ) -> Callable[[nn.Module, Any, Any], None]:
     def after(module: nn.Module, args: Any, output: Any) -> None:
         if counter.step in steps and counter.conditional:
             # A copy: a view would keep the other stream alive, and later layers may work in place.
             tokens = read_stream(output, site, counter.n_text).detach().clone()
             tape.put(site, counter.step, tokens)
+            if stop_when_full and tape.is_full:
+                raise TapeIsFull
 
     return after

@@ -68,6 +68,8 @@ class ShardWriter:
         self.kind: Kind = kind
         self.storage: Storage = storage
         self.images_per_shard = images_per_shard
+        self.n_bytes = 0
+        """Bytes of tokens or pictures that this object has written."""
         self._open: dict[int, _OpenShard] = {}
         if (self.folder / METADATA).exists():
             _refuse_another(read_metadata(self.folder), spec, self._storage_name, self.folder)
@@ -92,14 +94,16 @@ class ShardWriter:
         """Append one image's tokens or picture. ValueError for tokens that are not finite, or images out of order."""
         tensor = payload if isinstance(payload, Tensor) else None
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            where = f" at {self.spec.site}, step {self.spec.step}," if isinstance(self.spec, CaptureSpec) else ""
             raise ValueError(
-                f"the tokens of image {record.image} (prompt {record.prompt!r}) hold NaN or infinite values; "
+                f"the tokens of image {record.image} (prompt {record.prompt!r}){where} hold NaN or infinite values; "
                 "use a dtype with a wider range, such as bfloat16 or float32."
             )
         data = encode_tokens(tensor, self.storage) if tensor is not None else _encode_image(payload)
         if shard not in self._open:
             self._open[shard] = _OpenShard(self.folder / shard_name(shard))
         self._open[shard].add(record, TOKENS if self.kind == "tokens" else IMAGE, data)
+        self.n_bytes += len(data)
 
     def close_shard(self, shard: int) -> None:
         """Put the shard under its name, and beside it what `finalise` needs. ValueError when nothing was added."""

@@ -41,7 +41,9 @@ def test_an_image_does_not_depend_on_its_batch(tiny_pipe: FluxPipeline) -> None:
     together = make(tiny_pipe, prompts, seeds)
     for i in range(3):
         alone = make(tiny_pipe, prompts[i : i + 1], seeds[i : i + 1])
-        torch.testing.assert_close(alone.latents[0], together.latents[i], rtol=1e-4, atol=1e-5)
+        assert torch.equal(alone.latents[0], together.latents[i])
+        assert alone.pixels is not None and together.pixels is not None
+        assert torch.equal(alone.pixels[0], together.pixels[i])
 
 
 def test_stopping_early_leaves_the_latents_of_that_step(tiny_pipe: FluxPipeline) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import FluxPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
-from fluxsae.flux.record import record
+from fluxsae.flux.intervene import intervene
+from fluxsae.flux.load import load_pipeline
+from fluxsae.flux.record import TapeIsFull, record
 from fluxsae.flux.streams import find_module, layout, read_stream, replace_stream
 from fluxsae.spec import parse_site
 
@@ -185,3 +188,49 @@ def test_every_module_of_a_block_has_a_layout(tiny_pipe: FluxPipeline) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         find_module(tiny_pipe.transformer, parse_site("single_transformer_blocks.0.proj_out:text"))
+
+
+def test_a_full_tape_may_end_the_call_behind_the_last_site(tiny_pipe: FluxPipeline) -> None:
+    sites, steps = ["transformer_blocks.0.ff", "transformer_blocks.1.attn:text"], [0, 2]
+    with record(tiny_pipe, sites, steps) as whole:
+        tiny_pipe("a fox", generator=torch.Generator().manual_seed(0), **CALL)
+    passes: list[str] = []
+    handles = [
+        tiny_pipe.transformer.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: passes.append(path))
+        for path in ("transformer_blocks.0", "transformer_blocks.1.ff", "single_transformer_blocks.0")
+    ]
+    with record(tiny_pipe, sites, steps, stop_when_full=True) as tape:
+        for _ in range(2):  # a call that was left does not disturb the next
+            with pytest.raises(TapeIsFull):
+                tiny_pipe("a fox", generator=torch.Generator().manual_seed(0), **CALL)
+            assert tape.is_full
+    for handle in handles:
+        handle.remove()
+    assert [passes.count(path) for path in dict.fromkeys(passes)] == [6, 4, 4]
+    for key in tape:
+        assert torch.equal(tape[key], whole[key])
+
+
+def test_hooks_work_in_a_pipeline_with_compiled_blocks(tiny_flux: Path) -> None:
+    """A compiled block that ran before does not hide its modules from hooks, and is compiled again afterwards."""
+    pipe, (site, other) = load_pipeline(tiny_flux), ("transformer_blocks.1.ff", "single_transformer_blocks.0")
+    expected = by_hand(pipe, site, ["a fox"])
+    calls: list[nn.Module] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        calls.append(graph)
+        return graph.forward
+
+    pipe.transformer.compile_repeated_blocks(backend=backend)
+    pipe("a fox", generator=torch.Generator().manual_seed(0), **CALL)
+    assert calls
+    for step in (1, 2):
+        assert torch.equal(on_tape(pipe, site, step, ["a fox"]), expected[step])
+    n_compiled = len(calls)
+    shift = {"direction": torch.ones(32), "strength": 1.0, "mean_norm": 1.0, "site": site}
+    with intervene(pipe, steps=[0], **shift):
+        assert not torch.equal(
+            on_tape(pipe, other, 2, ["a fox"]), on_tape(load_pipeline(tiny_flux), other, 2, ["a fox"])
+        )
+    block = pipe.transformer.get_submodule("transformer_blocks.1")
+    assert block._compiled_call_impl is not None and len(calls) <= n_compiled + 2

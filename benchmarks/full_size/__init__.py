@@ -1,0 +1,1 @@
+"""The stages at FLUX.1-dev's full size, on random weights: `capture`."""

@@ -1,0 +1,204 @@
+"""Images a second of a capture at FLUX.1-dev's size. `python -m benchmarks.full_size.capture --json FILE`.
+
+Random weights, made on the GPU, go through what `fluxsae predict -c configs/flux-dev/capture.yaml` runs. Beside it, in
+the same process, runs the loop that one would write: diffusers' pipeline at batch 1 with a forward hook. `--tiny` runs
+all of it on a CPU in less than a minute, on 64×64 pixels and blocks of width 16, where the times mean little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import yaml
+from diffusers import FluxPipeline
+
+import fluxsae.capture
+from benchmarks.full_size.model import FULL, TINY, Size, random_pipeline, write_frame
+from fluxsae.cli import main as fluxsae_main
+from fluxsae.prompts import read_prompts
+from fluxsae.shards.read import ShardSet
+from fluxsae.storage import write_json
+
+CONFIG = Path("configs/flux-dev/capture.yaml")
+MEMORY = Path("configs/flux-dev/memory")
+
+
+class Case(NamedTuple):
+    """A capture to time, as keys of `FluxCapture`."""
+
+    name: str
+    options: dict[str, Any]
+
+
+class Result(NamedTuple):
+    """What a case took; `ratio` is its images a second over the plain loop's, None where that was not run."""
+
+    name: str
+    n_images: int
+    seconds: float
+    images_per_second: float
+    ratio: float | None
+    gigabytes: float
+
+
+def cases(site: str, step: int) -> list[Case]:
+    """Tokens of one site and step, with the pictures too, and three sites × three steps."""
+    stem, number, rest = site.split(".", 2)
+    sites = [f"{stem}.{int(number) - back}.{rest}" for back in (8, 4, 0)]
+    return [
+        Case("tokens", {"images": False}),
+        Case("tokens and images", {"images": True}),
+        Case("3 sites × 3 steps", {"images": False, "sites": sites, "steps": [step - 8, step - 4, step]}),
+    ]
+
+
+def plain_loop(pipe: FluxPipeline, prompts: Sequence[str], how: dict[str, Any], folder: Path) -> None:
+    """What one would write: an image a call, a hook that keeps what it sees, files as they come."""
+    seen: list[torch.Tensor] = []
+    module = pipe.transformer.get_submodule(how["sites"][0])
+    handle = module.register_forward_hook(lambda m, args, output: seen.append(output.detach().cpu()))
+    for i, prompt in enumerate(prompts):
+        seen.clear()
+        image = pipe(
+            prompt,
+            height=how["height"],
+            width=how["width"],
+            num_inference_steps=how.get("n_steps", 20),
+            guidance_scale=how.get("guidance", 3.5),
+            max_sequence_length=how["text_length"],
+            generator=torch.Generator().manual_seed(i),
+        ).images[0]
+        image.save(folder / f"{i}.png")
+        torch.save(seen[how["steps"][0]], folder / f"{i}.pt")
+    handle.remove()
+
+
+class Bench:
+    """Times captures of one random FLUX, each after a batch that warms up and compiles.
+
+    Args:
+        size: of the FLUX.
+        device: where it runs.
+        folder: for all that is written.
+        card: gigabytes of the card to imitate, with that card's configuration; None for all there is.
+        pixels: on a side of an image.
+    """
+
+    def __init__(
+        self, size: Size, device: torch.device, folder: Path, card: int | None = None, pixels: int = 256
+    ) -> None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.device = device
+        self.folder = folder
+        self.configs = [CONFIG, *([] if card is None else [MEMORY / f"{card}GB.yaml"])]
+        self.values = yaml.safe_load(CONFIG.read_text())
+        self.how: dict[str, Any] = {"height": pixels, "width": pixels, **self.values["model"]["init_args"]}
+        self.frame = write_frame(folder / "model", size)
+        self.pipe = random_pipeline(size, dtype, torch.device("cpu") if card else device)
+        if card is not None and device.type == "cuda":
+            share = card * 1e9 / torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+    def plain(self, n_images: int) -> Result:
+        prompts = [prompt.text for prompt in read_prompts(Path(self.values["data"]["init_args"]["prompts"]))]
+        (self.folder / "plain").mkdir()
+        self.pipe.to(self.device)
+        plain_loop(self.pipe, prompts[:1], self.how, self.folder / "plain")
+        return self._timed(
+            "plain loop", n_images, lambda: plain_loop(self.pipe, prompts[:n_images], self.how, self.folder / "plain")
+        )
+
+    def capture(self, case: Case, n_prompts: int, batch_size: int) -> Result:
+        repetitions = self.values["data"]["init_args"]["repetitions"]
+        n_images = n_prompts * repetitions
+        self._predict(case, -(-batch_size // repetitions), batch_size, self.folder / f"warm-up {case.name}")
+        result = self._timed(
+            case.name, n_images, lambda: self._predict(case, n_prompts, batch_size, self.folder / case.name)
+        )
+        made = ShardSet.open(next((self.folder / case.name).glob("*/step-*")))
+        assert len(made) == n_images
+        return result
+
+    def _predict(self, case: Case, n_prompts: int, batch_size: int, folder: Path) -> None:
+        """The command itself, whose weights are at hand already."""
+        sides = {"height": self.how["height"], "width": self.how["width"]}
+        options = {"model": self.frame, "folder": folder, **sides, **case.options}
+        arguments = [word for config in self.configs for word in ("-c", str(config))]
+        arguments += [f"--model.init_args.{key}={value}" for key, value in options.items()]
+        arguments += [f"--data.init_args.limit={n_prompts}", f"--data.init_args.batch_size={batch_size}"]
+        arguments += [f"--trainer.accelerator={'gpu' if self.device.type == 'cuda' else 'cpu'}"]
+        arguments += ["--trainer.enable_progress_bar=false"]
+        parts = FluxPipeline(**self.pipe.components)  # a capture lets go of text encoders
+        parts.set_progress_bar_config(disable=True)
+        with mock.patch.object(fluxsae.capture, "load_pipeline", lambda *_, **__: parts):
+            code = fluxsae_main(["predict", *arguments])
+        if code != 0:
+            raise RuntimeError(f"fluxsae predict ended with code {code}, expected 0; its message is above.")
+
+    def _timed(self, name: str, n_images: int, work: Callable[[], None]) -> Result:
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.cuda.synchronize(self.device)
+        begin = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - begin
+        gigabytes = torch.cuda.max_memory_allocated(self.device) / 1e9 if cuda else 0.0
+        return Result(name, n_images, seconds, n_images / seconds, None, gigabytes)
+
+
+def compare(bench: Bench, n_plain: int, n_prompts: int, batch_size: int) -> list[Result]:
+    """The plain loop, where `n_plain` is not 0, and all cases beside it."""
+    how = bench.how
+    found = [bench.plain(n_plain)] if n_plain else []
+    found += [bench.capture(case, n_prompts, batch_size) for case in cases(how["sites"][0], how["steps"][0])]
+    if not n_plain:
+        return found
+    return [result._replace(ratio=result.images_per_second / found[0].images_per_second) for result in found]
+
+
+def table(results: Sequence[Result]) -> str:
+    lines = [f"{'':<20}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}"]
+    for result in results:
+        ratio = "–" if result.ratio is None else f"{result.ratio:.2f}"
+        lines.append(
+            f"{result.name:<20}{result.n_images:>8}{result.images_per_second:>10.3f}{ratio:>9}{result.gigabytes:>8.1f}"
+        )
+    one, several = (next(r for r in results if r.name == name) for name in ("tokens", "3 sites × 3 steps"))
+    more = one.images_per_second / several.images_per_second - 1
+    return "\n".join([*lines, f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one."])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true", help="width 16, on a CPU")
+    parser.add_argument(
+        "--card", type=int, help="imitate a card of so many GB, by its file in configs/; without plain loop"
+    )
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--plain", type=int, default=12, help="images of the plain loop")
+    parser.add_argument("--prompts", type=int, default=48, help="prompts of each capture, four images each")
+    parser.add_argument("--json", type=Path, help="where the results go as well")
+    options = parser.parse_args(arguments)
+    device = torch.device("cpu" if options.tiny else "cuda")
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(TINY if options.tiny else FULL, device, Path(folder), options.card, 64 if options.tiny else 256)
+        n_plain = 0 if options.card else options.plain
+        results = compare(bench, n_plain, options.prompts, options.batch_size)
+    print(table(results))
+    if options.json is not None:
+        where = "CPU" if options.tiny else torch.cuda.get_device_name(device)
+        write_json(
+            options.json, {"device": where, "torch": torch.__version__, "results": [r._asdict() for r in results]}
+        )
+
+
+if __name__ == "__main__":
+    main()

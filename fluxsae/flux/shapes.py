@@ -1,0 +1,65 @@
+"""How many tokens of which width a site holds, found without weights.
+
+Legend: T tokens an image, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import nn
+
+from fluxsae.flux.streams import find_module, read_stream
+from fluxsae.spec import Grid, Site
+
+
+class TokenShape(NamedTuple):
+    """T and D of an image at a site."""
+
+    n_tokens: int
+    width: int
+
+
+@torch.no_grad()
+def token_shapes(
+    skeleton: FluxTransformer2DModel, sites: Sequence[Site], grid: Grid, text_length: int
+) -> list[TokenShape]:
+    """The shape at each of `sites`, from one pass of a transformer on the meta device, which computes nothing.
+
+    Raises ValueError for a site that is no module, lacks the stream, or holds no tokens.
+    """
+    shapes: dict[Site, TokenShape] = {}
+    handles = [
+        find_module(skeleton, site).register_forward_hook(_reader(shapes, site, text_length))
+        for site in dict.fromkeys(sites)
+    ]
+    try:
+        _pass(skeleton, grid.n_tokens, text_length)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [shapes[site] for site in sites]
+
+
+def _pass(skeleton: FluxTransformer2DModel, n_tokens: int, text_length: int) -> None:
+    config = skeleton.config
+    with torch.device("meta"):
+        skeleton(
+            hidden_states=torch.empty(1, n_tokens, config.in_channels),
+            encoder_hidden_states=torch.empty(1, text_length, config.joint_attention_dim),
+            pooled_projections=torch.empty(1, config.pooled_projection_dim),
+            timestep=torch.empty(1),
+            guidance=torch.empty(1) if config.guidance_embeds else None,
+            img_ids=torch.empty(n_tokens, 3),
+            txt_ids=torch.empty(text_length, 3),
+        )
+
+
+def _reader(shapes: dict[Site, TokenShape], site: Site, n_text: int) -> Callable[[nn.Module, Any, Any], None]:
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        shapes[site] = TokenShape(*read_stream(output, site, n_text).shape[1:])
+
+    return after

@@ -1,0 +1,35 @@
+"""The benchmark at full size, run small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.full_size.capture import main
+from benchmarks.full_size.model import FULL, TINY, write_frame
+from fluxsae.flux.load import load_frame, transformer_skeleton
+
+
+def test_the_full_frame_is_flux_1_dev(tmp_path: Path) -> None:
+    """11,901,408,320 weights: 23.8 GB in bf16."""
+    folder = write_frame(tmp_path / "full", FULL)
+    skeleton = transformer_skeleton(folder)
+    assert sum(weight.numel() for weight in skeleton.parameters()) == 11_901_408_320
+    assert skeleton.config.guidance_embeds and load_frame(folder).scheduler.config.use_dynamic_shifting
+    assert len(transformer_skeleton(write_frame(tmp_path / "tiny", TINY)).transformer_blocks) == 16
+
+
+@pytest.mark.slow
+def test_the_captures_beside_the_plain_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    main(["--tiny", "--plain", "1", "--prompts", "1", "--batch-size", "4", "--json", str(path)])
+    found = json.loads(path.read_text())
+    names = ["plain loop", "tokens", "tokens and images", "3 sites × 3 steps"]
+    assert [result["name"] for result in found["results"]] == names and found["torch"] == torch.__version__
+    assert all(result["ratio"] > 0 for result in found["results"])
+    assert "3 sites × 3 steps takes" in capsys.readouterr().out
+    main(["--tiny", "--card", "40", "--prompts", "1", "--batch-size", "4"])
+    assert "plain loop" not in capsys.readouterr().out

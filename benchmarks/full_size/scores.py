@@ -227,7 +227,7 @@ def make_sae(kind: str, options: argparse.Namespace) -> SAE:
     more = {"k": options.k} if kind in ("TopK", "BatchTopK") else {}
     sae = KINDS[kind](options.width, options.features, **more, seed=0)  # type: ignore[arg-type]
     with torch.no_grad():
-        sae.b_enc.fill_(-2.0 * sae.encoder_gain if kind in ("L1", "BatchTopK") else 0.0)
+        sae.b_enc.fill_(-2.0 * float(sae.W_enc[0].norm()) if kind in ("L1", "BatchTopK") else 0.0)
     return sae
 
 

@@ -34,12 +34,11 @@ class BatchTopK(SAE):
 
     threshold: Tensor
     restart_gain: ClassVar[float] = 1.0  # as TopK's, and for its reasons
-    encoder_gain: ClassVar[float] = 0.1
 
     def __init__(
         self, d_in: int, n_features: int, k: int, groups: list[int] | None = None, seed: int | None = None
     ) -> None:
-        super().__init__(d_in, n_features, groups, seed)
+        super().__init__(d_in, n_features, groups, seed, encoder_gain=0.1)
         self.k = checked_k(k, n_features)
         self.register_buffer("threshold", torch.zeros(()))
 

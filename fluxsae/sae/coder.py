@@ -53,16 +53,22 @@ class SAE(nn.Module, ABC):
         groups: for a Matryoshka SAE (Bussmann et al. 2025), sizes of the prefixes of the features that must rebuild
             a token without the rest, ascending to n_features; by default all features only together.
         seed: decides the initial weights; by default torch's global generator does.
+        encoder_gain: length of the encoder's rows at first; the decoder's have length 1.
     """
 
     mean: Tensor
     scale: Tensor
     restart_gain: ClassVar[float] = 0.2
     """Length of a restarted feature's encoder row, in mean lengths of the living ones'."""
-    encoder_gain: ClassVar[float] = 1.0
-    """Length of the encoder's rows at first; the decoder's have length 1."""
 
-    def __init__(self, d_in: int, n_features: int, groups: list[int] | None = None, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        n_features: int,
+        groups: list[int] | None = None,
+        seed: int | None = None,
+        encoder_gain: float = 1.0,
+    ) -> None:
         super().__init__()
         if d_in < 1 or n_features < 1:
             raise ValueError(f"an SAE needs d_in and n_features of at least 1, not {d_in} and {n_features}.")
@@ -74,7 +80,7 @@ class SAE(nn.Module, ABC):
         self.seed = seed
         generator = torch.Generator().manual_seed(seed) if seed is not None else None
         directions = normalize(torch.randn(n_features, d_in, generator=generator), dim=1)
-        self.W_enc = nn.Parameter(self.encoder_gain * directions)
+        self.W_enc = nn.Parameter(encoder_gain * directions)
         self.b_enc = nn.Parameter(torch.zeros(n_features))
         self.W_dec = nn.Parameter(directions)
         self.b_dec = nn.Parameter(torch.zeros(d_in))
@@ -258,17 +264,21 @@ class TopK(SAE):
         k: features kept a token.
         groups: prefixes of a Matryoshka SAE, see `SAE`.
         seed: decides the initial weights, see `SAE`.
+        encoder_gain: see `SAE`. Codes that start small end better (docs/log.md), and which are chosen is the same.
     """
 
     restart_gain: ClassVar[float] = 1.0  # a shorter row would never be among the k largest
-    encoder_gain: ClassVar[float] = (
-        0.1  # the choice is the same, and codes that start small end better: see docs/log.md
-    )
 
     def __init__(
-        self, d_in: int, n_features: int, k: int, groups: list[int] | None = None, seed: int | None = None
+        self,
+        d_in: int,
+        n_features: int,
+        k: int,
+        groups: list[int] | None = None,
+        seed: int | None = None,
+        encoder_gain: float = 0.1,
     ) -> None:
-        super().__init__(d_in, n_features, groups, seed)
+        super().__init__(d_in, n_features, groups, seed, encoder_gain)
         self.k = checked_k(k, n_features)
 
     def options(self) -> dict[str, Any]:

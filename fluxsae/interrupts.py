@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,14 +33,28 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM raise `Interrupted`. Other threads than the main one get no signals anyway."""
+    """Within, SIGINT and SIGTERM raise `Interrupted`. Other threads than the main one get no signals anyway.
+
+    Python drops what is raised while it destroys an object, so a signal that comes just then is sent again.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {signum: signal.signal(signum, _stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    hook = sys.unraisablehook
+
+    def send_again(dropped: Any) -> None:
+        if isinstance(dropped.exc_value, Interrupted):
+            raising = (threading.main_thread().ident, dropped.exc_value.signum)
+            threading.Timer(0.01, signal.pthread_kill, raising).start()
+        else:
+            hook(dropped)
+
+    sys.unraisablehook = send_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for signum, handler in before.items():
             signal.signal(signum, handler)
 

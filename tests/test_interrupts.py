@@ -6,7 +6,9 @@ For a kill, checkpoints are written as time passes.
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -54,6 +56,23 @@ def test_a_step_is_ended_and_saved_unless_told_twice(tmp_path: Path, n_signals: 
     if last.exists():
         assert torch.load(last, weights_only=True)["global_step"] == 6
     assert signal.getsignal(signum) == before
+
+
+class SignalsAsItGoes:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_signal_that_comes_while_an_object_is_destroyed_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    hook = sys.unraisablehook
+    with pytest.raises(Interrupted, match="SIGTERM"), interruptible():
+        destroyed = SignalsAsItGoes()
+        del destroyed
+        until = monotonic() + 30
+        while monotonic() < until:
+            sleep(0.001)
+    assert "ignored" not in capsys.readouterr().err
+    assert sys.unraisablehook is hook
 
 
 class Saved(TorchCheckpointIO):

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from fluxsae.activations import ActivationData
 from fluxsae.one_run import OneRunOnly
-from fluxsae.training import SAETraining, measure
+from fluxsae.training import SAETraining, TrainedOnTokens, measure
 
 _ADVICE = "Using ModelCheckpoint with manual optimization"
 """Lightning warns that a checkpoint holds the weights after the step that it is named for; so it should."""
 
 
-class SweepTraining(LightningModule):
+class SweepTraining(TrainedOnTokens):
     """Every batch trains every member, each with its own optimizer, dead features, folder and metrics.
 
     A member ends with the weights that it would get alone on the same tokens, if its SAE has a `seed`: without one,
@@ -108,15 +108,6 @@ class SweepTraining(LightningModule):
     def on_validation_epoch_end(self) -> None:
         for member in self.trainings.values():
             member.on_validation_epoch_end()
-
-    def on_test_epoch_start(self) -> None:
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
 
     def on_train_end(self) -> None:
         self._measure()

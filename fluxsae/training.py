@@ -35,7 +35,20 @@ from fluxsae.spec import CaptureSpec, differences
 _logger = logging.getLogger(__name__)
 
 
-class SAETraining(LightningModule):
+class TrainedOnTokens(LightningModule):
+    """A training that tests as it validates: on the held-out tokens."""
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+
+class SAETraining(TrainedOnTokens):
     """Minimises the squared error of normalised tokens, plus the SAE's own penalty, plus AuxK for dead features.
 
     Tokens are centred and scaled by the shards' statistics, which become part of the SAE; so b_dec, which starts at 0,
@@ -167,7 +180,7 @@ class SAETraining(LightningModule):
             self._resample(batch)
         if self._dead is None or step % self.check_every == 0:
             self._raise_if_not_finite()
-            self._dead = (self.since_fired > self.dead_after).nonzero().flatten()
+            self._dead = self._silent.nonzero().flatten()
         self._dead = self._dead.to(self.device)
 
     def training_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> Tensor:
@@ -252,7 +265,7 @@ class SAETraining(LightningModule):
         if self._step is None:
             self.sae.normalise_rows()
         if self.lift:
-            add_rows(self.sae.b_enc, self.lift * (self.since_fired > self.dead_after))
+            add_rows(self.sae.b_enc, self.lift * self._silent)
 
     def _settle(self) -> None:
         """Make weights that a fused step left what they are worth, and tell it of weights that others changed."""
@@ -297,15 +310,6 @@ class SAETraining(LightningModule):
         """Whether the metrics are of the weights as they are now."""
         return self._metrics is not None and self._metrics[0] == self.global_step
 
-    def on_test_epoch_start(self) -> None:
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
-
     def on_train_end(self) -> None:
         self._write()
 
@@ -348,7 +352,7 @@ class SAETraining(LightningModule):
 
     @torch.no_grad()
     def _resample(self, batch: Tensor) -> None:
-        dead = (self.since_fired > self.dead_after).nonzero().flatten()
+        dead = self._silent.nonzero().flatten()
         if len(dead) == 0:
             return
         self._settle()
@@ -398,8 +402,13 @@ class SAETraining(LightningModule):
     def _key(self, part: str, name: str) -> str:
         return "/".join(filter(None, (part, self._name, name)))
 
+    @property
+    def _silent(self) -> Tensor:
+        """Which features have not fired for `dead_after` tokens."""
+        return self.since_fired > self.dead_after
+
     def _dead_fraction(self) -> Tensor:
-        return (self.since_fired > self.dead_after).float().mean()
+        return self._silent.float().mean()
 
     def _total(self, sums: Tensor) -> Tensor:
         return self._processes.total(sums)

@@ -20,6 +20,7 @@ from torch.optim import Adam
 
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.graphs import Graphs
+from fluxsae.sae.objective import token_weights
 
 if find_spec("triton") is not None:
     from fluxsae.sae.auxiliary import AuxiliaryLoss, AuxiliaryPass
@@ -98,8 +99,7 @@ class FusedStep:
         self.enc_low = sae.W_enc.detach().to(settings.dtype)
         self.dec_low = sae.W_dec.detach().to(settings.dtype)
         self.row_scale = torch.ones(sae.n_features, device=device)
-        self.tiles = row_updates.n_tiles(sae.d_in) if self.sparse else 1
-        self.squares = torch.empty(self.tiles, sae.n_features, device=device)
+        self.squares = torch.empty(row_updates.n_tiles(sae.d_in) if self.sparse else 1, sae.n_features, device=device)
         self.lr = torch.zeros((), device=device)
         self.penalty = torch.zeros((), device=device)
         self._log_betas = torch.tensor(settings.betas, dtype=torch.float64).log().float().to(device)
@@ -193,12 +193,7 @@ class FusedStep:
 
     def _weigh(self, error: Tensor, square: Tensor) -> Tensor:
         """The tokens' weights, by which `error` is multiplied."""
-        clip = self.settings.clip_tokens
-        if not clip:
-            return torch.ones_like(square)
-        length = square.sqrt()
-        longest = clip * length.mean()
-        weights = torch.where(length <= longest, 1.0, longest / length)
+        weights = token_weights(square, self.settings.clip_tokens)
         columns.weigh(error, weights)
         return weights
 

@@ -35,6 +35,6 @@ def token_weights(
     if clip == 0:
         return torch.ones_like(squared)
     lengths = squared.sqrt()
-    length, count = total(torch.stack([lengths.sum(), lengths.new_tensor(len(lengths))]))
+    length, count = total(torch.stack([lengths.sum(), lengths.new_full((), len(lengths))]))
     longest = clip * length / count
     return torch.where(lengths <= longest, 1.0, longest / lengths)

@@ -103,8 +103,8 @@ class FusedStep:
         self.lr = torch.zeros((), device=device)
         self.penalty = torch.zeros((), device=device)
         self._log_betas = torch.tensor(settings.betas, dtype=torch.float64).log().float().to(device)
-        self._buffers: dict[str, Tensor] = {}
         self._aux = AuxiliaryPass(sae, settings.aux_k, settings.aux_coef)
+        self._buffers: dict[str, Tensor] = {}
         self._graphs = Graphs(settings.graphs and device.type == "cuda")
         self._found: Any = None
 
@@ -112,7 +112,8 @@ class FusedStep:
     def forward(self, tokens: Float[Tensor, "N D"], dead: Int[Tensor, "M"], penalty: float = 0.0) -> Outcome:
         """Loss and what the update needs, for raw tokens. `penalty` is the weight of the codes' sum (L1)."""
         sae = self.sae
-        self.x = self._buffer("x", len(tokens), sae.d_in)
+        self._make_room(len(tokens))
+        self.x = self._buffers["x"][: len(tokens)]
         columns.centre(tokens, sae.mean * sae.scale + sae.b_dec, sae.scale, self.x)
         self.penalty.fill_(penalty / 2)
         self._key = (len(tokens), self._aux.set_features(dead))
@@ -135,7 +136,7 @@ class FusedStep:
         """Adam's step on the SAE's weights, moments in `optimizer`'s state; nothing where the loss was not finite."""
         states = _adam_states(optimizer, self.sae)
         self.lr.fill_(lr)
-        self._graphs.run(("update", *self._key), lambda: self._update(states))
+        self._graphs.run(("update", *self._key), lambda: self._update(states), reads=self._found)
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -148,10 +149,10 @@ class FusedStep:
     def _forward_sparse(self) -> _Found:
         sae, n = self.sae, len(self.x)
         assert isinstance(sae, TopK)
-        pre = torch.mm(self.x, self.enc_low.T, out=self._buffer("pre", n, sae.n_features))
+        pre = torch.mm(self.x, self.enc_low.T, out=self._buffers["pre"][:n])
         values, indices = torch.empty(n, sae.k, device=pre.device), pre.new_empty(n, sae.k, dtype=torch.int32)
         selection.select(pre, sae.b_enc, values, indices)
-        error = self._buffer("error", n, sae.d_in)
+        error = self._buffers["error"][:n]
         slopes = values.new_empty(decoding.n_tiles(sae.d_in), n, sae.k)
         squares = values.new_empty(len(slopes), n)
         decoding.explain(values, indices, self.dec_low, self.row_scale, self.x, error, slopes, squares)
@@ -168,8 +169,8 @@ class FusedStep:
 
     def _forward_dense(self) -> _Found:
         sae, n = self.sae, len(self.x)
-        codes = self._buffer("codes", n, sae.n_features)
-        slopes = self._buffer("pre", n, sae.n_features)
+        codes = self._buffers["codes"][:n]
+        slopes = self._buffers["pre"][:n]
         bias = sae.b_enc.to(codes.dtype)
         if isinstance(sae, TopK):
             torch.addmm(bias, self.x, self.enc_low.T, out=slopes)
@@ -178,7 +179,7 @@ class FusedStep:
         else:
             torch._addmm_activation(bias, self.x, self.enc_low.T, use_gelu=False, out=codes)  # ReLU in the epilogue
             aux_codes = self._aux.codes(codes)  # a code's ReLU is the code
-        error = self._buffer("error", n, sae.d_in)
+        error = self._buffers["error"][:n]
         torch.addmm(self.x, codes, self.dec_low, beta=-1, out=error)
         square = torch.empty(n, device=error.device)
         columns.squared_lengths(error, square)
@@ -244,14 +245,18 @@ class FusedStep:
         eps = torch.full_like(ok, self.settings.eps)
         return torch.stack([self.lr / corrections[0], corrections[1].rsqrt(), factor, ok, eps])
 
-    def _buffer(self, name: str, rows: int, width: int) -> Tensor:
-        """The first `rows` rows of a buffer that lasts."""
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < rows:
-            self._graphs.clear()
-            buffer = torch.empty(rows, width, device=self.enc_low.device, dtype=self.settings.dtype)
-            self._buffers[name] = buffer
-        return buffer[:rows]
+    def _make_room(self, n_tokens: int) -> None:
+        """Make buffers for as many tokens: before a pass, as recorded graphs write to those that there were."""
+        if self._buffers and n_tokens <= len(self._buffers["x"]):
+            return
+        widths = {"x": self.sae.d_in, "error": self.sae.d_in, "pre": self.sae.n_features}
+        if not self.sparse:
+            widths["codes"] = self.sae.n_features
+        self._graphs.clear()
+        self._buffers = {
+            name: torch.empty(n_tokens, width, device=self.enc_low.device, dtype=self.settings.dtype)
+            for name, width in widths.items()
+        }
 
 
 class _Found(NamedTuple):

@@ -52,10 +52,11 @@ class SAEScoring(LightningModule):
         sae: folder of an SAE, or a seed checkpoint.
         allow: what may differ between the tokens' capture and that which the SAE was trained on, such as
             `[step, height, width]`. Other prompts and seeds always may; another width of tokens never.
-        fused: with `precision: bf16-mixed` on an NVIDIA GPU, encode and pool at once by hand-made kernels.
+        fused: with `precision: bf16-mixed` on an NVIDIA GPU, encode and pool at once by hand-made kernels; false for
+            PyTorch's.
     """
 
-    def __init__(self, sae: Path, allow: list[str] | None = None, fused: bool = False) -> None:
+    def __init__(self, sae: Path, allow: list[str] | None = None, fused: bool = True) -> None:
         super().__init__()
         unknown = sorted(set(allow or ()) - set(MAY_DIFFER))
         if unknown:

@@ -70,8 +70,8 @@ class SAETraining(TrainedOnTokens):
         resample_every: steps between restarts of dead features; never by default.
         clip_tokens: a token's error pulls as one of this many mean lengths at most; 0 switches that off.
         check_every: steps between counts of the dead features (each waits for the device once).
-        fused: make steps by hand-made GPU kernels, by the same formulas: L1 and TopK in bf16-mixed precision on one
-            NVIDIA GPU.
+        fused: whether steps are made by hand-made GPU kernels, by the same formulas: L1 and TopK in bf16-mixed
+            precision on one NVIDIA GPU. By default they are where they can be; true refuses a run where they cannot.
     """
 
     since_fired: Tensor
@@ -94,7 +94,7 @@ class SAETraining(TrainedOnTokens):
         resample_every: int | None = None,
         clip_tokens: float = 10.0,
         check_every: int = 50,
-        fused: bool = False,
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
         self.sae = sae
@@ -274,11 +274,13 @@ class SAETraining(TrainedOnTokens):
 
     def _fused_step(self) -> FusedStep | None:
         """None where steps are autograd's. ValueError where a fused step is asked for and cannot be."""
-        if not self.fused:
+        if self.fused is False:
             return None
         obstacle = why_not_fused(self.sae, self.trainer)
         if obstacle is not None:
-            raise ValueError(f"fused is true, but {obstacle}; leave fused out, or change that.")
+            if self.fused:
+                raise ValueError(f"fused is true, but {obstacle}; leave fused out, or change that.")
+            return None
         return FusedStep(self.sae, Settings(self.betas, 1e-8, self.clip_tokens, self.aux_k, self.aux_coef))
 
     def on_validation_epoch_start(self) -> None:

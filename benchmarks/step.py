@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
@@ -36,7 +37,7 @@ from fluxsae.training import SAETraining
 
 PARTS = {
     "matrix products": ("nvjet", "gemm", "cutlass", "cublas"),
-    "select": ("_collect", "_choose", "_keep", "topk", "sort"),
+    "select": ("_select", "_keep", "topk", "sort"),
     "decode": ("_explain",),
     "lists": ("_mark", "_count", "_place", "_own", "_feature_sums", "scan"),
     "gradients and Adam": ("_update", "_sum_pieces", "adam", "Adam"),
@@ -62,20 +63,27 @@ class Case:
         return kind + (f", {self.dead:.0%} dead" if self.dead else "") + ("" if self.fused else ", autograd")
 
     def sae(self) -> SAE:
-        if self.k:
-            return TopK(self.d_in, self.n_features, self.k, seed=0)
-        return L1(self.d_in, self.n_features, 1.0, seed=0)
+        with torch.device("cuda"):  # where drawing weights takes no time
+            return TopK(self.d_in, self.n_features, self.k) if self.k else L1(self.d_in, self.n_features, 1.0)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a step, of each of its parts, and the most memory beside the batches, in GB."""
+    """Milliseconds a step, of each of its kernels, and the most memory beside the batches, in GB."""
 
     case: Case
     milliseconds: float
     spread: float
     gigabytes: float
-    parts: dict[str, float]
+    kernels: dict[str, float]
+
+    @property
+    def parts(self) -> dict[str, float]:
+        parts: dict[str, float] = defaultdict(float)
+        for kernel, milliseconds in self.kernels.items():
+            name = next((part for part, words in PARTS.items() if any(word in kernel for word in words)), "other")
+            parts[name] += milliseconds
+        return parts
 
     @property
     def tokens(self) -> float:
@@ -99,13 +107,20 @@ class Resident:
 
 
 class Clock(Callback):
-    """Times runs of `every` steps after `warmup` of them, each from one idle device to the next."""
+    """Times `runs` of `every` steps after `warmup` steps, each from one idle device to the next; then profiles one."""
 
-    def __init__(self, warmup: int, every: int) -> None:
+    def __init__(self, warmup: int, runs: int, every: int = 20) -> None:
         self.warmup = warmup
+        self.runs = runs
         self.every = every
         self.milliseconds: list[float] = []
+        self.kernels: dict[str, float] = {}
         self._begin = 0.0
+        self._profile = profile(activities=[ProfilerActivity.CUDA])
+
+    @property
+    def n_steps(self) -> int:
+        return self.warmup + (self.runs + 1) * self.every
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         done = trainer.global_step - self.warmup
@@ -113,9 +128,21 @@ class Clock(Callback):
             return
         torch.cuda.synchronize()
         now = time.perf_counter()
-        if done:
+        if 0 < done <= self.runs * self.every:
             self.milliseconds.append(1e3 * (now - self._begin) / self.every)
-        self._begin = now
+        if done == self.runs * self.every:
+            self._profile.start()
+        elif done > self.runs * self.every:
+            self._profile.stop()
+            self._read()
+        self._begin = time.perf_counter()
+
+    def _read(self) -> None:
+        for event in self._profile.events() or ():
+            if event.device_type == DeviceType.CUDA:
+                self.kernels[event.name] = (
+                    self.kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3 / self.every
+                )
 
 
 def synthetic_tokens(case: Case, n_batches: int = 4) -> Float[Tensor, "B N D"]:
@@ -136,74 +163,56 @@ def synthetic_tokens(case: Case, n_batches: int = 4) -> Float[Tensor, "B N D"]:
 
 
 def training(case: Case, folder: Path) -> SAETraining:
-    module = SAETraining(case.sae(), folder, lr=1e-4, warmup_steps=10, sparsity_warmup_steps=10, fused=case.fused)
+    """As a user's, but for which features are dead: exactly so many, from the first step to the last."""
+    never = 10**12
+    module = SAETraining(
+        case.sae(), folder, lr=1e-4, warmup_steps=10, sparsity_warmup_steps=10, dead_after=never, fused=case.fused
+    )
     n_dead = round(case.dead * case.n_features)
     with torch.no_grad():
         module.sae.b_enc[:n_dead] = -1e4  # they never fire, whatever AuxK does for them
-    module.since_fired[:n_dead] = 10**12
+    module.since_fired[:n_dead] = 2 * never
     return module
 
 
-def run(module: SAETraining, tokens: Tensor, n_steps: int, *callbacks: Callback) -> None:
-    trainer = Trainer(
-        accelerator="gpu",
-        devices=1,
-        precision="bf16-mixed",
-        max_steps=n_steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-    )
-    trainer.fit(module, Resident(tokens, n_steps))
-
-
-def measure(case: Case, n_steps: int = 200) -> Timing:
-    """The median over runs of 20 steps, their spread, the memory, and the parts of a step of the same training."""
+def measure(case: Case, runs: int, warmup: int = 60) -> Timing:
+    """The median over runs of 20 steps, their spread, the memory, and the kernels of a step."""
+    torch.cuda.empty_cache()
     tokens = synthetic_tokens(case)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    clock = Clock(warmup, runs)
     with tempfile.TemporaryDirectory() as folder:
-        clock = Clock(60, 20)
-        run(training(case, Path(folder)), tokens, 60 + n_steps, clock)
-        gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
-        parts = profiled(case, tokens, Path(folder))
+        trainer = Trainer(
+            accelerator="gpu",
+            devices=1,
+            precision="bf16-mixed",
+            max_steps=clock.n_steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[clock],
+        )
+        trainer.fit(training(case, Path(folder)), Resident(tokens, clock.n_steps))
+    gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
     times = clock.milliseconds
-    torch.cuda.empty_cache()
-    return Timing(case, median(times), max(times) - min(times), gigabytes, parts)
+    return Timing(case, median(times), max(times) - min(times), gigabytes, clock.kernels)
 
 
-def profiled(case: Case, tokens: Tensor, folder: Path, n_steps: int = 10) -> dict[str, float]:
-    """Milliseconds of kernel time a step, a part."""
-
-    class Profile(Callback):
-        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-            if trainer.global_step == 5:
-                torch.cuda.synchronize()
-                recording.start()
-
-    recording = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
-    run(training(case, folder), tokens, 5 + n_steps, Profile())
-    torch.cuda.synchronize()
-    recording.stop()
-    parts: dict[str, float] = defaultdict(float)
-    for event in recording.key_averages():
-        name = next((part for part, words in PARTS.items() if any(word in event.key for word in words)), "other")
-        parts[name] += event.device_time_total / 1e3 / n_steps
-    return dict(parts)
+def head() -> str:
+    """The first lines of a Markdown table of steps and their parts."""
+    columns = ["SAE", "ms a step", "M tokens/s", "GB", *PARTS, "other"]
+    return _line(columns) + "\n" + _line(["---"] * len(columns))
 
 
-def table(timings: Sequence[Timing]) -> str:
-    """A Markdown table of steps and their parts."""
-    parts = [*PARTS, "other"]
-    head = ["SAE", "ms a step", "M tokens/s", "GB", *parts]
-    rows = [head, ["---"] * len(head)]
-    for one in timings:
-        numbers = [f"{one.milliseconds:.2f} ± {one.spread / 2:.2f}", f"{one.tokens:.2f}", f"{one.gigabytes:.2f}"]
-        rows.append([one.case.name, *numbers, *(f"{one.parts.get(part, 0):.2f}" for part in parts)])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def row(one: Timing) -> str:
+    numbers = [f"{one.milliseconds:.2f} ± {one.spread / 2:.2f}", f"{one.tokens:.2f}", f"{one.gigabytes:.2f}"]
+    return _line([one.case.name, *numbers, *(f"{one.parts.get(part, 0):.2f}" for part in (*PARTS, "other"))])
+
+
+def _line(cells: Sequence[object]) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 GROWTH: dict[str, tuple[int, ...]] = {
@@ -214,31 +223,27 @@ GROWTH: dict[str, tuple[int, ...]] = {
 }
 
 
-def grow(n_steps: int) -> dict[str, list[Timing]]:
-    return {size: [measure(resized(size, value), n_steps) for value in values] for size, values in GROWTH.items()}
+SHOWN = ("matrix products", "select", "decode", "gradients and Adam")
 
 
-def resized(size: str, value: int) -> Case:
-    sizes: dict[str, Any] = {"k": 32, size: value}
-    return Case(**sizes)
-
-
-def growth_table(growth: dict[str, list[Timing]]) -> str:
-    lines = ["| size | value | ms a step | M tokens/s | GB | products | select | decode | gradients and Adam |"]
-    lines.append("| --- " * 9 + "|")
-    for size, timings in growth.items():
-        for one in timings:
-            parts = (one.parts.get(part, 0) for part in ("matrix products", "select", "decode", "gradients and Adam"))
-            cells = (size, getattr(one.case, size), f"{one.milliseconds:.2f}", f"{one.tokens:.2f}")
-            lines.append(
-                "| " + " | ".join(map(str, (*cells, f"{one.gigabytes:.1f}", *(f"{p:.2f}" for p in parts)))) + " |"
-            )
-    return "\n".join(lines)
+def grow(runs: int) -> dict[str, list[Timing]]:
+    """TopK at k = 32 with one size changed at a time; a table's line is printed for each as it is there."""
+    print(_line(["size", "value", "ms a step", "M tokens/s", "GB", *SHOWN]), flush=True)
+    print(_line(["---"] * (5 + len(SHOWN))), flush=True)
+    timings: dict[str, list[Timing]] = defaultdict(list)
+    for size, values in GROWTH.items():
+        for value in values:
+            sizes: dict[str, Any] = {"k": 32, size: value}
+            one = measure(Case(**sizes), runs, warmup=20)
+            timings[size].append(one)
+            numbers = (f"{one.milliseconds:.2f}", f"{one.tokens:.2f}", f"{one.gigabytes:.1f}")
+            print(_line([size, value, *numbers, *(f"{one.parts.get(part, 0):.2f}" for part in SHOWN)]), flush=True)
+    return timings
 
 
 def draw_growth(path: Path, growth: dict[str, list[Timing]]) -> None:
     """The step and its parts against each size, both on logarithmic axes."""
-    shown = {"matrix products": BLUE, "select": ORANGE, "decode": GREEN, "gradients and Adam": "#cc79a7"}
+    shown = dict(zip(SHOWN, (BLUE, ORANGE, GREEN, "#cc79a7"), strict=True))
     labels = {"n_features": "features F", "d_in": "width D", "k": "kept k", "batch": "tokens a batch"}
     with drawing(path, 11, 7) as figure:
         for axes, (size, timings) in zip(figure.subplots(2, 2).ravel(), growth.items(), strict=True):
@@ -266,12 +271,12 @@ def main() -> None:
     cases += [Case(k, **sizes, dead=dead) for dead in options.dead for k in options.k[:1]]
     if options.plain:
         cases += [replace(case, fused=False) for case in cases if not case.dead]
-    timings = [measure(case, options.steps) for case in cases]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {sizes}\n")
-    print(table(timings))
-    growth = grow(options.steps) if options.grow else {}
-    if growth:
-        print("\n" + growth_table(growth))
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {sizes}\n\n{head()}", flush=True)
+    timings = []
+    for case in cases:
+        timings.append(measure(case, options.runs))
+        print(row(timings[-1]), flush=True)
+    growth = grow(max(1, options.runs // 4)) if options.grow else {}
     if options.json:
         record = {"steps": timings, "growth": growth, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
         with whole_file(options.json) as temporary:
@@ -287,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--k", type=int, nargs="*", default=[32, 64, 1200, 0], help="0 stands for L1")
     parser.add_argument("--dead", type=float, nargs="*", default=[0.05], help="also with this share of features dead")
-    parser.add_argument("--steps", type=int, default=200, help="steps to time, after 60 that are not")
+    parser.add_argument("--runs", type=int, default=10, help="runs of 20 steps to time, after 60 that are not")
     parser.add_argument("--plain", action="store_true", help="time autograd's step too")
     parser.add_argument("--grow", action="store_true", help="time TopK k=32 as each size grows, too")
     parser.add_argument("--json", type=Path, help="write all figures to this file")

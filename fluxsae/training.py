@@ -150,7 +150,7 @@ class SAETraining(TrainedOnTokens):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._raise_if_not_finite()
-        self._settle()
+        self.settle()
         checkpoint["capture_spec"] = self.sae.spec.to_dict() if self.sae.spec is not None else None
         checkpoint["dead"] = self._dead  # as counted at the last check: a resumed run must not count sooner
 
@@ -267,8 +267,8 @@ class SAETraining(TrainedOnTokens):
         if self.lift:
             add_rows(self.sae.b_enc, self.lift * self._silent)
 
-    def _settle(self) -> None:
-        """Make weights that a fused step left what they are worth, and tell it of weights that others changed."""
+    def settle(self) -> None:
+        """Between steps: bring weights up to date for whoever reads them, and take what others wrote."""
         if self._step is not None:
             self._step.settle()
 
@@ -284,7 +284,7 @@ class SAETraining(TrainedOnTokens):
         return FusedStep(self.sae, Settings(self.betas, 1e-8, self.clip_tokens, self.aux_k, self.aux_coef))
 
     def on_validation_epoch_start(self) -> None:
-        self._settle()
+        self.settle()
         self._evaluation = Evaluation(self.sae.d_in, self.sae.n_features, self.device)
 
     def validation_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> None:
@@ -323,7 +323,7 @@ class SAETraining(TrainedOnTokens):
     def _write(self) -> None:
         """Write the SAE, with metrics of the weights as they are now."""
         self._raise_if_not_finite()
-        self._settle()
+        self.settle()
         self._written = True
         if not self.measured and self._data is not None:
             measure([self], self._data)
@@ -357,14 +357,14 @@ class SAETraining(TrainedOnTokens):
         dead = self._silent.nonzero().flatten()
         if len(dead) == 0:
             return
-        self._settle()
+        self.settle()
         x = self.sae.normalise(batch)
         x, error = (self._processes.gather(rows) for rows in (x, x - self.sae.run(x).recon))
         # A generator of the step's own: a resumed run, and every process, restarts features at the same tokens.
         generator = torch.Generator(self.device).manual_seed(self.global_step)
         assert self._optimizer is not None
         resample(self.sae, self._optimizer, dead, draw_directions(self.sae, x, error, len(dead), generator))
-        self._settle()
+        self.settle()
         self.since_fired[dead] = 0
         self._dead = None
         _logger.info("step %d: restarted %d dead features", self.global_step, len(dead))

@@ -30,13 +30,14 @@ class Ours(Library):
         torch.manual_seed(task.seed)
         self.task = task
         self.sae = TopK(task.d_in, task.n_features, task.k).to(task.device)
+        self.training: SAETraining | None = None
 
     def train(self, batches: Batches) -> None:
         task = self.task
         logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Lightning's advice on loaders and validation, which the benchmark has not
-            training = SAETraining(self.sae, Path(folder), lr=task.rate, **recipe(task))
+            self.training = SAETraining(self.sae, Path(folder), lr=task.rate, **recipe(task))
             trainer = Trainer(
                 accelerator="gpu" if task.device.type == "cuda" else "cpu",
                 devices=1,
@@ -47,11 +48,14 @@ class Ours(Library):
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            trainer.fit(training, batches)
+            trainer.fit(self.training, batches)
+        self.training = None
         self.sae.to(task.device)  # where a Trainer ends, the module is back on the CPU
 
     @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "N D"]) -> Reconstruction:
+        if self.training is not None:
+            self.training.settle()
         codes = self.sae.encode(x)
         return Reconstruction(codes, self.sae.decode(codes))
 

@@ -54,8 +54,10 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         values, indices, directions = ctx.saved_tensors
         (gradient,) = gradients
-        for_values = (gradient @ directions.T).gather(1, indices) if ctx.needs_input_grad[0] else None
-        for_rows = _dense(values, indices, len(directions)).T @ gradient if ctx.needs_input_grad[2] else None
+        rows = directions.to(gradient.dtype)  # lower, where autocast made the sum
+        for_values = (gradient @ rows.T).gather(1, indices) if ctx.needs_input_grad[0] else None
+        codes = _dense(values.to(gradient.dtype), indices, len(directions))
+        for_rows = codes.T @ gradient if ctx.needs_input_grad[2] else None
         return for_values, None, for_rows
 
 

@@ -19,7 +19,7 @@ class Overcomplete(Library):
 
     name = "Overcomplete"
     distribution = "overcomplete"
-    factors = (4, 8, 16, 32, 64)
+    factors = (8, 16, 32, 64, 128)
 
     @staticmethod
     def default_rate(n_features: int) -> float:

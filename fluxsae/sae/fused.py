@@ -20,11 +20,10 @@ from torch.optim import Adam
 
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.graphs import Graphs
-from fluxsae.sae.objective import token_weights
 
 if find_spec("triton") is not None:
     from fluxsae.sae.auxiliary import AuxiliaryLoss, AuxiliaryPass
-    from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, selection
+    from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, scalars, selection
     from fluxsae.sae.kernels.feature_lists import FeatureLists
     from fluxsae.sae.kernels.row_updates import AdamState, UnitRows
 
@@ -37,8 +36,12 @@ class Outcome(NamedTuple):
 
     loss: Float[Tensor, ""]
     mse: Float[Tensor, ""]
-    l0: Float[Tensor, ""]
-    fired: Float[Tensor, "F"]
+    fired: Tensor
+    n_tokens: int
+
+    @property
+    def l0(self) -> Float[Tensor, ""]:
+        return self.fired.sum() / self.n_tokens
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,6 @@ class FusedStep:
         self.squares = torch.empty(row_updates.n_tiles(sae.d_in) if self.sparse else 1, sae.n_features, device=device)
         self.lr = torch.zeros((), device=device)
         self.penalty = torch.zeros((), device=device)
-        self._log_betas = torch.tensor(settings.betas, dtype=torch.float64).log().float().to(device)
         self._aux = AuxiliaryPass(sae, settings.aux_k, settings.aux_coef)
         self._buffers: dict[str, Tensor] = {}
         self._graphs = Graphs(settings.graphs and device.type == "cuda")
@@ -114,7 +116,8 @@ class FusedStep:
         sae = self.sae
         self._make_room(len(tokens))
         self.x = self._buffers["x"][: len(tokens)]
-        columns.centre(tokens, sae.mean * sae.scale + sae.b_dec, sae.scale, self.x)
+        copy = None if self.sparse else self._buffers["error"][: len(tokens)]
+        columns.centre(tokens, sae.mean, sae.scale, sae.b_dec, self.x, copy)
         self.penalty.fill_(penalty / 2)
         self._key = (len(tokens), self._aux.set_features(dead))
         body = self._forward_sparse if self.sparse else self._forward_dense
@@ -156,15 +159,14 @@ class FusedStep:
         slopes = values.new_empty(decoding.n_tiles(sae.d_in), n, sae.k)
         squares = values.new_empty(len(slopes), n)
         decoding.explain(values, indices, self.dec_low, self.row_scale, self.x, error, slopes, squares)
-        square = squares.sum(0)
-        weights = self._weigh(error, square)
+        weighed = self._weigh(error, squares)
+        weights = weighed.weights
         lists = feature_lists.list_by_feature(values, indices, slopes, weights, sae.n_features)
         along, bias = torch.empty(2, sae.n_features, device=pre.device).unbind()
         row_updates.feature_sums(lists, along, bias)
         aux = self._explain_dead(self._aux.codes(pre, sae.b_enc), error, weights, along, bias)
-        mse = square.mean() / sae.d_in
-        loss = (square * weights).mean() / sae.d_in + aux.loss
-        outcome = Outcome(loss, mse, lists.counts.sum() / n, lists.counts.float())
+        loss = weighed.loss + aux.loss if aux.enc is not None else weighed.loss
+        outcome = Outcome(loss, weighed.mse, lists.counts, n)
         return _Found(outcome, error, along, bias, aux, lists=lists)
 
     def _forward_dense(self) -> _Found:
@@ -179,24 +181,25 @@ class FusedStep:
         else:
             torch._addmm_activation(bias, self.x, self.enc_low.T, use_gelu=False, out=codes)  # ReLU in the epilogue
             aux_codes = self._aux.codes(codes)  # a code's ReLU is the code
-        error = self._buffers["error"][:n]
-        torch.addmm(self.x, codes, self.dec_low, beta=-1, out=error)
-        square = torch.empty(n, device=error.device)
-        columns.squared_lengths(error, square)
-        weights = self._weigh(error, square)
+        error = self._buffers["error"][:n]  # which holds x until now
+        error.addmm_(codes, self.dec_low, beta=-1)
+        squares = torch.empty(1, n, device=error.device)
+        columns.squared_lengths(error, squares[0])
+        weighed = self._weigh(error, squares)
         torch.mm(error, self.dec_low.T, out=slopes)
         along, bias, fired, total = columns.mask_slopes(codes, slopes, self.penalty).unbind()
-        aux = self._explain_dead(aux_codes, error, weights, along, bias)
-        mse = square.mean() / sae.d_in
-        penalty = 2 * self.penalty * total.sum() / n / sae.d_in
-        outcome = Outcome((square * weights).mean() / sae.d_in + penalty + aux.loss, mse, fired.sum() / n, fired)
+        aux = self._explain_dead(aux_codes, error, weighed.weights, along, bias)
+        loss = weighed.loss + aux.loss if aux.enc is not None else weighed.loss
+        if isinstance(sae, L1):
+            loss = loss + 2 * self.penalty * total.sum() / n / sae.d_in
+        outcome = Outcome(loss, weighed.mse, fired, n)
         return _Found(outcome, error, along, bias, aux, codes=codes, slopes=slopes)
 
-    def _weigh(self, error: Tensor, square: Tensor) -> Tensor:
+    def _weigh(self, error: Tensor, squares: Tensor) -> scalars.Weighed:
         """The tokens' weights, by which `error` is multiplied."""
-        weights = token_weights(square, self.settings.clip_tokens)
-        columns.weigh(error, weights)
-        return weights
+        weighed = scalars.weigh_tokens(squares, self.settings.clip_tokens, self.sae.d_in)
+        columns.weigh(error, weighed.weights)
+        return weighed
 
     def _explain_dead(
         self, codes: Tensor | None, error: Tensor, weights: Tensor, along: Tensor, bias: Tensor
@@ -205,14 +208,14 @@ class FusedStep:
 
     def _update(self, states: _States) -> None:
         found, sae, n = self._found, self.sae, len(self.x)
-        hyper = self._hyper(states, found.outcome.loss, n)
-        ones = torch.ones(n, device=self.x.device)
-        b_dec = columns.weighted_column_sums(ones, found.error)
-        b_dec -= columns.weighted_column_sums(found.bias, self.enc_low)
+        factor = 2 / (n * sae.d_in)
+        betas, eps = self.settings.betas, self.settings.eps
+        hyper = scalars.adam_factors(found.outcome.loss, self.lr, states.steps, betas, factor, eps)
+        b_dec = columns.column_sums(found.error)
+        b_dec -= columns.column_sums(self.enc_low, found.bias)
         unit = UnitRows(self.row_scale, found.along, self.squares)
         enc = AdamState(sae.W_enc, *states.W_enc, self.enc_low)
         dec = AdamState(sae.W_dec, *states.W_dec, self.dec_low)
-        betas = self.settings.betas
         if found.lists is not None:
             lists = found.lists
             pieces = self.x.new_empty(len(lists.owners), sae.d_in, dtype=torch.float32)
@@ -235,15 +238,6 @@ class FusedStep:
             rounded = torch.empty_like(bias)
             state = AdamState(*(t.view(1, -1) for t in (bias.detach(), *moments, rounded)))
             row_updates.update_given(state, gradient.view(1, -1), hyper, betas)
-
-    def _hyper(self, states: _States, loss: Tensor, n_tokens: int) -> Tensor:
-        """What the row updates read from memory, so that a replayed graph sees each step's own numbers."""
-        ok = loss.isfinite().float()
-        torch._foreach_add_(states.steps, [ok] * len(states.steps))
-        corrections = -torch.expm1(self._log_betas * states.steps[0])
-        factor = torch.full_like(ok, 2 / (n_tokens * self.sae.d_in))
-        eps = torch.full_like(ok, self.settings.eps)
-        return torch.stack([self.lr / corrections[0], corrections[1].rsqrt(), factor, ok, eps])
 
     def _make_room(self, n_tokens: int) -> None:
         """Make buffers for as many tokens: before a pass, as recorded graphs write to those that there were."""

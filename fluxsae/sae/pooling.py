@@ -135,7 +135,6 @@ class TopKPooling(Pooling):
     def __init__(self, sae: TopK, dtype: torch.dtype = torch.bfloat16) -> None:
         self.sae = sae
         self.weight = sae.W_enc.detach().to(dtype)
-        self.shift = sae.mean * sae.scale + sae.b_dec.detach()
 
     def pool(self, tokens: Float[Tensor, "B T D"]) -> Pooled:
         n_images, n_tokens, _ = tokens.shape
@@ -151,7 +150,7 @@ class TopKPooling(Pooling):
 
     def _chosen(self, tokens: Float[Tensor, "P D"]) -> tuple[Float[Tensor, "P K"], Int[Tensor, "P K"]]:
         x = torch.empty_like(tokens, dtype=self.weight.dtype)
-        columns.centre(tokens.contiguous(), self.shift, self.sae.scale, x)
+        columns.centre(tokens.contiguous(), self.sae.mean, self.sae.scale, self.sae.b_dec, x)
         values = torch.empty(len(x), self.sae.k, device=x.device)
         indices = torch.empty(len(x), self.sae.k, device=x.device, dtype=torch.int32)
         selection.select(x @ self.weight.T, self.sae.b_enc.detach(), values, indices)

@@ -15,7 +15,7 @@ from fluxsae.sae import L1, SAE, TopK, auxiliary
 from fluxsae.sae import fused as fused_step
 from fluxsae.sae.dead import aux_error
 from fluxsae.sae.fused import FusedStep, Settings
-from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, selection
+from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, scalars, selection
 from fluxsae.sae.objective import squared_errors, token_weights
 from tests.synthetic import randomised
 
@@ -97,6 +97,18 @@ def test_keep_largest_is_select_in_place(
     assert bool(((codes == pre) | (codes == 0)).all()) and int((codes > 0).sum(dim=1).max()) <= k
 
 
+@pytest.mark.parametrize("k", [1, 40, 700, 1999])
+def test_of_many_equal_entries_the_first_are_kept(k: int) -> None:
+    """Which, in bf16, cut a row of 2,000 in the middle of one of its parts."""
+    drawn = torch.randn(8, 2000, generator=torch.Generator().manual_seed(k))
+    pre = (drawn * 4).round().div(4).bfloat16().to(DEVICE)
+    codes = torch.full_like(pre, torch.nan)
+    selection.keep_largest(pre, codes, k)
+    order = pre.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
+    expected = torch.zeros_like(pre).scatter(1, order, pre.gather(1, order)).clamp_min(0)
+    assert torch.equal(codes, expected)
+
+
 def test_lists_hold_every_pair_once_in_order() -> None:
     n_tokens, n_features, k = 70, 12, 5
     generator = torch.Generator().manual_seed(0)
@@ -119,7 +131,7 @@ def test_lists_hold_every_pair_once_in_order() -> None:
     assert lists.values[: len(expected)].tolist() == pytest.approx([row[2] for row in expected])
     assert lists.slopes[: len(expected)].tolist() == pytest.approx([row[3] for row in expected], abs=1e-6)
     pieces = [-(-int(count) // 4) - 1 for count in lists.counts]
-    assert [f for f, n in enumerate(pieces) for _ in range(n)] == [f for f in lists.owners.tolist() if f >= 0]
+    assert [f for f, n in enumerate(pieces) for _ in range(n)] == [f for f in lists.owners[: sum(pieces)].tolist()]
 
 
 def test_weights_of_one_leave_rows_alone() -> None:
@@ -127,6 +139,38 @@ def test_weights_of_one_leave_rows_alone() -> None:
     expected = rows * torch.tensor([[1.0], [0.5], [1.0]], device=DEVICE)
     columns.weigh(rows, torch.tensor([1.0, 0.5, 1.0], device=DEVICE))
     assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.2])
+@pytest.mark.parametrize("n_tokens", [5, 37])
+def test_tokens_are_weighed_by_the_objectives_rule(n_tokens: int, clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scalars, "_CHUNK", 16)
+    parts = torch.rand(3, n_tokens, generator=torch.Generator().manual_seed(0)).square().to(DEVICE)
+    squares = parts.sum(dim=0)
+    expected = token_weights(squares, clip)
+    found = scalars.weigh_tokens(parts, clip, 7)
+    assert torch.allclose(found.weights, expected) and (clip == 0) == bool((expected == 1).all())
+    assert torch.allclose(found.loss, (squares * expected).mean() / 7) and torch.allclose(found.mse, squares.mean() / 7)
+
+
+def test_a_token_that_is_not_finite_makes_the_loss_so() -> None:
+    for bad in (torch.inf, torch.nan):
+        squares = torch.ones(1, 9, device=DEVICE)
+        squares[0, 4] = bad
+        assert not scalars.weigh_tokens(squares, 10.0, 1).loss.isfinite()
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99)])
+def test_adams_factors(betas: tuple[float, float]) -> None:
+    lr = torch.tensor(0.01, device=DEVICE)
+    steps = [torch.tensor(float(n), device=DEVICE) for n in (0, 0, 0, 6)]
+    for t in (1, 2, 3):
+        factors = scalars.adam_factors(torch.tensor(2.0, device=DEVICE), lr, steps, betas, 0.25, 1e-8)
+        expected = [0.01 / (1 - betas[0] ** t), (1 - betas[1] ** t) ** -0.5, 0.25, 1.0, 1e-8]
+        assert factors.tolist() == pytest.approx(expected, rel=1e-6)
+    for loss in (torch.inf, -torch.inf, torch.nan):
+        assert scalars.adam_factors(torch.tensor(loss, device=DEVICE), lr, steps, betas, 0.25, 1e-8)[3] == 0
+    assert [int(step) for step in steps] == [3, 3, 3, 9]
 
 
 class Autograd(NamedTuple):
@@ -197,7 +241,7 @@ def test_a_step_is_autograds(sae: SAE, n_tokens: int) -> None:
             ), (name, moment)
     codes = sae.activate(sae.project(sae.normalise(tokens)))
     again = fused.forward(tokens, dead, penalty)
-    assert torch.equal(again.fired, (codes > 0).sum(dim=0).float())
+    assert torch.equal(again.fired.float(), (codes > 0).sum(dim=0).float())
     assert float(again.l0) == pytest.approx(float((codes > 0).sum(dim=1).float().mean()))
 
 

@@ -19,12 +19,17 @@ _WIDE = 1024
 
 
 def centre(
-    tokens: Float[Tensor, "N D"], shift: Float[Tensor, "D"], scale: Float[Tensor, ""], x: Float[Tensor, "N D"]
+    tokens: Float[Tensor, "N D"],
+    mean: Float[Tensor, "D"],
+    scale: Float[Tensor, ""],
+    b_dec: Float[Tensor, "D"],
+    x: Float[Tensor, "N D"],
+    copy: Float[Tensor, "N D"] | None = None,
 ) -> None:
-    """Write x = tokens · scale - shift."""
+    """Write x = (tokens - mean) · scale - b_dec, to `copy` too."""
     block = 1024
     _centre[(triton.cdiv(tokens.numel(), block),)](
-        tokens, shift, scale, x, tokens.numel(), tokens.shape[1], BLOCK=block
+        tokens, mean, scale, b_dec, x, copy, tokens.numel(), tokens.shape[1], BLOCK=block
     )
 
 
@@ -54,12 +59,12 @@ def weigh(rows: Float[Tensor, "N D"], weights: Float[Tensor, "N"]) -> None:
     _weigh[(len(rows),)](rows, weights, rows.shape[1], BLOCK=triton.next_power_of_2(rows.shape[1]))
 
 
-def weighted_column_sums(weights: Float[Tensor, "R"], rows: Float[Tensor, "R C"]) -> Float[Tensor, "C"]:
-    """Σ over rows of weights · rows, in an order that is the same in every run."""
+def column_sums(rows: Float[Tensor, "R C"], weights: Float[Tensor, "R"] | None = None) -> Float[Tensor, "C"]:
+    """Σ over rows, times their weights, in an order that is the same in every run."""
     n_rows, n_columns = rows.shape
     blocks = triton.cdiv(n_rows, _ROWS)
     parts = torch.empty(blocks, n_columns, device=rows.device)
-    _weighted_column_sums[(blocks, triton.cdiv(n_columns, _COLUMNS))](
+    _column_sums[(blocks, triton.cdiv(n_columns, _COLUMNS))](
         weights, rows, parts, n_rows, n_columns, ROWS=_ROWS, COLUMNS=_COLUMNS
     )
     return parts.sum(0)
@@ -83,11 +88,16 @@ def mask_slopes(
 
 @no_type_check
 @triton.jit
-def _centre(tokens, shift, scale, x, n, d_in, BLOCK: tl.constexpr):
+def _centre(tokens, mean, scale, b_dec, x, copy, n, d_in, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    raw = tl.load(tokens + i, mask=i < n, other=0.0).to(tl.float32)
-    value = raw * tl.load(scale) - tl.load(shift + i % d_in, mask=i < n, other=0.0)
-    tl.store(x + i, value.to(x.dtype.element_ty), mask=i < n)
+    inside = i < n
+    d = (i % d_in).to(tl.int32)
+    raw = tl.load(tokens + i, mask=inside, other=0.0).to(tl.float32)
+    centred = (raw - tl.load(mean + d, mask=inside, other=0.0)) * tl.load(scale)
+    value = (centred - tl.load(b_dec + d, mask=inside, other=0.0)).to(x.dtype.element_ty)
+    tl.store(x + i, value, mask=inside)
+    if copy is not None:
+        tl.store(copy + i, value, mask=inside)
 
 
 @no_type_check
@@ -129,13 +139,15 @@ def _weigh(rows, weights, d_in, BLOCK: tl.constexpr):
 
 @no_type_check
 @triton.jit
-def _weighted_column_sums(weights, rows, parts, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _column_sums(weights, rows, parts, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    weight = tl.load(weights + row, mask=row < n_rows, other=0.0)
     inside = (row < n_rows)[:, None] & (column < n_columns)[None, :]
     value = tl.load(rows + row.to(tl.int64)[:, None] * n_columns + column[None, :], mask=inside, other=0.0)
-    total = tl.sum(weight[:, None] * value.to(tl.float32), 0)
+    value = value.to(tl.float32)
+    if weights is not None:
+        value *= tl.load(weights + row, mask=row < n_rows, other=0.0)[:, None]
+    total = tl.sum(value, 0)
     tl.store(parts + tl.program_id(0).to(tl.int64) * n_columns + column, total, mask=column < n_columns)
 
 

@@ -15,15 +15,16 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-PIECE = 256
+PIECE = 64
 """Entries of a feature's list that one program sums; a longer list is cut into pieces, so that none is waited for."""
+_SCAN = 8192
 
 
 class FeatureLists(NamedTuple):
     """The pairs (token, feature) with a positive value, feature by feature.
 
     Feature f's lie at starts[f] ≤ m < starts[f] + counts[f]. Pieces behind the first `PIECE` of a list are summed
-    ahead, each in a row of its own: those of f from pieces[f] on; `owners` says whose a row is, -1 for nobody's.
+    ahead, each in a row of its own: those of f from pieces[f] on; `owners` says whose a row is.
     """
 
     tokens: Int[Tensor, "M"]
@@ -61,13 +62,13 @@ def list_by_feature(
     _count[(triton.cdiv(n_features, features),)](
         words, before, counts, n_words, n_features, WORDS=triton.next_power_of_2(n_words), FEATURES=features
     )
-    extra = (counts - 1).clamp_min_(0).div_(PIECE, rounding_mode="floor")
-    both = torch.stack([counts, extra])
-    starts, pieces = (both.cumsum(1, dtype=torch.int32) - both).unbind()
-    owners = indices.new_full((max(1, most_pieces(n_tokens, k)),), -1)
-    _own[(triton.cdiv(n_features, block),)](
-        extra, pieces, owners, n_features, MOST=triton.next_power_of_2(-(-n_tokens // PIECE)), BLOCK=block
-    )
+    starts, pieces = indices.new_empty(2, n_features).unbind()
+    _starts[(1,)](counts, starts, pieces, n_features, PIECE=PIECE, BLOCK=_SCAN, num_warps=16)
+    owners = indices.new_empty(max(1, most_pieces(n_tokens, k)))
+    _own[(triton.cdiv(n_features, features),)](
+        counts, pieces, owners, n_features, PIECE=PIECE, MOST=triton.next_power_of_2(-(-n_tokens // PIECE)),
+        FEATURES=features,
+    )  # fmt: skip
     tokens = indices.new_empty(pairs)
     listed_values, listed_slopes = torch.empty(2, *pairs, device=values.device).unbind()
     _place[grid](
@@ -114,12 +115,28 @@ def _count(words, before, counts, n_words, n_features, WORDS: tl.constexpr, FEAT
 
 @no_type_check
 @triton.jit
-def _own(extra, pieces, owners, n_features, MOST: tl.constexpr, BLOCK: tl.constexpr):
-    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    n = tl.load(extra + f, mask=f < n_features, other=0)
-    first = tl.load(pieces + f, mask=f < n_features, other=0)
-    i = tl.arange(0, MOST)
-    tl.store(owners + first[:, None] + i[None, :], f[:, None] + 0 * i[None, :], mask=i[None, :] < n[:, None])
+def _starts(counts, starts, pieces, n_features, PIECE: tl.constexpr, BLOCK: tl.constexpr):
+    n_entries = 0
+    n_pieces = 0
+    for begin in range(0, n_features, BLOCK):
+        f = begin + tl.arange(0, BLOCK)
+        count = tl.load(counts + f, mask=f < n_features, other=0)
+        extra = tl.maximum(count - 1, 0) // PIECE
+        tl.store(starts + f, n_entries + tl.cumsum(count, 0) - count, mask=f < n_features)
+        tl.store(pieces + f, n_pieces + tl.cumsum(extra, 0) - extra, mask=f < n_features)
+        n_entries += tl.sum(count, 0)
+        n_pieces += tl.sum(extra, 0)
+
+
+@no_type_check
+@triton.jit
+def _own(counts, pieces, owners, n_features, PIECE: tl.constexpr, MOST: tl.constexpr, FEATURES: tl.constexpr):
+    f = tl.program_id(0) * FEATURES + tl.arange(0, FEATURES)
+    n = tl.maximum(tl.load(counts + f, mask=f < n_features, other=0) - 1, 0) // PIECE
+    if tl.max(n, 0) > 0:
+        first = tl.load(pieces + f, mask=f < n_features, other=0)
+        i = tl.arange(0, MOST)
+        tl.store(owners + first[:, None] + i[None, :], f[:, None] + 0 * i[None, :], mask=i[None, :] < n[:, None])
 
 
 @no_type_check

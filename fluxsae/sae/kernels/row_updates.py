@@ -22,6 +22,8 @@ TILE = 512
 """Channels a program works on: tokens and errors of 8,192 tokens × 512 channels in bf16 are 8 MB each."""
 _ROWS = 4
 """Rows in flight a program; with one warp, so that no sum crosses warps."""
+_PROGRAMS = 4096
+"""Programs that share the pieces out; more than a GPU runs at once."""
 
 
 class AdamState(NamedTuple):
@@ -64,9 +66,9 @@ def sum_pieces(
     """Write the sums of every piece behind the first of each list: Σ weights · source[tokens]."""
     d_in = source.shape[1]
     block = min(TILE, triton.next_power_of_2(d_in))
-    _sum_pieces[(len(sums) * triton.cdiv(d_in, block),)](
+    _sum_pieces[(min(len(sums) * triton.cdiv(d_in, block), _PROGRAMS),)](
         *(lists.tokens, weights, lists.counts, lists.starts, lists.pieces, lists.owners, source, sums),
-        *(len(sums), d_in),
+        *(len(lists.counts), d_in),
         PIECE=PIECE,
         ROWS=_ROWS,
         BLOCK=block,
@@ -87,7 +89,7 @@ def update_gathered(
 ) -> None:
     """Adam's step with the gradient hyper[2] · (Σ weights · source[tokens] + auxiliary rows), tile by tile of channels.
 
-    `hyper` is lr / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ), the gradient's factor, whether to step at all (else 0), and ε.
+    `hyper` is what `adam_factors` returns.
     """
     _launch(state, lists, weights, source, pieces, source, hyper, betas, unit, aux, TILE, 1, gather=True)
 
@@ -180,15 +182,15 @@ def _feature_sums(values, slopes, counts, starts, along, bias_gradient, BLOCK: t
 @triton.jit
 def _sum_rows(tokens, weights, begin, end, source, d, d_in, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Σ weights · source[tokens] over list places begin ≤ m < end, for channels d."""
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
     for i in range(begin, end, ROWS):
         m = i + tl.arange(0, ROWS)
         token = tl.load(tokens + m, mask=m < end, other=0).to(tl.int64)
         weight = tl.load(weights + m, mask=m < end, other=0.0)
         inside = (m < end)[:, None] & (d < d_in)[None, :]
         row = tl.load(source + token[:, None] * d_in + d[None, :], mask=inside, other=0.0)
-        total += weight[:, None] * row.to(tl.float32)
-    return tl.sum(total, 0)
+        total += tl.sum(weight[:, None] * row.to(tl.float32), 0)
+    return total
 
 
 @no_type_check
@@ -202,16 +204,18 @@ def _sum_pieces(
     owners,
     source,
     sums,
-    n_pieces,
+    n_features,
     d_in,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    piece = tl.program_id(0) % n_pieces
-    d = tl.program_id(0) // n_pieces * BLOCK + tl.arange(0, BLOCK)
-    owner = tl.load(owners + piece)
-    if owner >= 0:
+    last = n_features - 1
+    n_pieces = tl.load(first_piece + last) + tl.maximum(tl.load(counts + last) - 1, 0) // PIECE
+    for i in range(tl.program_id(0), n_pieces * tl.cdiv(d_in, BLOCK), tl.num_programs(0)):
+        piece = i % n_pieces  # tile by tile, so that caches hold what is gathered
+        d = i // n_pieces * BLOCK + tl.arange(0, BLOCK)
+        owner = tl.load(owners + piece)
         start = tl.load(starts + owner)
         begin = start + (piece - tl.load(first_piece + owner) + 1) * PIECE
         end = tl.minimum(begin + PIECE, start + tl.load(counts + owner))
@@ -258,23 +262,27 @@ def _update(
     inside = d < d_in
     at = f.to(tl.int64) * d_in + d
     if tl.load(hyper + 3) > 0:
-        w = tl.load(weight + at, mask=inside, other=0.0)
-        m = tl.load(exp_avg + at, mask=inside, other=0.0)
-        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
         if GATHER:
             count = tl.load(counts + f)
             start = tl.load(starts + f)
             g = _sum_rows(tokens, weights, start, start + tl.minimum(count, PIECE), source, d, d_in, ROWS, BLOCK)
             if count > PIECE:
                 first = tl.load(first_piece + f)
-                for piece in range(first, first + (count - 1) // PIECE):
-                    g += tl.load(pieces + piece * d_in + d, mask=inside, other=0.0)
+                end = first + (count - 1) // PIECE
+                for i in range(first, end, ROWS):
+                    piece = i + tl.arange(0, ROWS)
+                    there = (piece < end)[:, None] & inside[None, :]
+                    part = tl.load(pieces + piece.to(tl.int64)[:, None] * d_in + d[None, :], mask=there, other=0.0)
+                    g += tl.sum(part, 0)
         else:
             g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         if AUX:
             aux = tl.load(aux_row_of + f)
             if aux >= 0:
                 g += tl.load(aux_gradient + aux.to(tl.int64) * d_in + d, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(weight + at, mask=inside, other=0.0)  # not sooner: registers are what keeps more rows out of flight
+        m = tl.load(exp_avg + at, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
         if UNIT:
             w *= tl.load(unit_scale + f)
             g -= tl.load(unit_along + f) * w

@@ -20,6 +20,8 @@ _PER_GROUP = 32
 _WIDEST = 32768
 """The widest row that `keep_largest` holds in registers."""
 _CHUNK = 4096
+_ROWS = 16
+"""Rows that one program looks after, of which seldom any needs it."""
 
 
 def select(
@@ -50,7 +52,9 @@ def select(
         BLOCK_K=block_k,
         num_warps=max(1, groups // 1024),
     )
-    _select_again[(n_tokens,)](*arguments, n_features, k, BITS=bits, CHUNK=_CHUNK // 2, num_warps=2)
+    _select_again[(triton.cdiv(n_tokens, _ROWS),)](
+        *(*arguments, n_tokens, n_features, k), BITS=bits, ROWS=_ROWS, CHUNK=_CHUNK // 2, num_warps=2
+    )
 
 
 def keep_largest(pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"], k: int) -> None:
@@ -61,7 +65,14 @@ def keep_largest(pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"], k:
         _keep_wide[(n_tokens,)](pre_acts, codes, n_features, k, BITS=bits, CHUNK=_CHUNK, num_warps=8)
     elif bits == 15 and n_features % 2 == 0:
         pairs = (pre_acts.view(torch.int32), codes.view(torch.int32))
-        _keep_pairs[(n_tokens,)](*pairs, n_features // 2, k, BLOCK=block // 2, num_warps=_warps(block // 2))
+        parts = max(1, min(32, block // 64))
+        _keep_pairs[(n_tokens,)](
+            *(*pairs, n_features // 2, k),
+            BLOCK=block // 2,
+            PARTS=parts,
+            num_warps=_warps(block // 2),
+            maxnreg=80,  # for three rows of 16,384 at a time on a multiprocessor instead of two
+        )
     else:
         _keep[(n_tokens,)](pre_acts, codes, n_features, k, BITS=bits, BLOCK=block, num_warps=_warps(block))
 
@@ -213,53 +224,88 @@ def _row_keys(pre_acts, bias, row, cols, n_features, HAS_BIAS: tl.constexpr, BIT
 
 @no_type_check
 @triton.jit
-def _select_again(pre_acts, bias, values, indices, too_many, n_features, k, BITS: tl.constexpr, CHUNK: tl.constexpr):
+def _select_again(
+    pre_acts,
+    bias,
+    values,
+    indices,
+    too_many,
+    n_tokens,
+    n_features,
+    k,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """Rows with so many equal entries that the groups that may hold one of the largest did not fit their room."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(too_many + row) > 0:
-        threshold, n_above = _search(pre_acts, bias, row, n_features, k, True, BITS, CHUNK)
-        above = 0
-        equal = 0
-        for begin in range(0, n_features, CHUNK):
-            cols = begin + tl.arange(0, CHUNK)
-            key = _row_keys(pre_acts, bias, row, cols, n_features, True, BITS)
-            above, equal = _emit(key, cols, row, above, equal, n_above, threshold, values, indices, k, BITS)
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    rows = first + tl.arange(0, ROWS)
+    if tl.max(tl.load(too_many + rows, mask=rows < n_tokens, other=0), 0) > 0:
+        for i in range(ROWS):
+            row = first + i
+            if tl.load(too_many + row, mask=row < n_tokens, other=0) > 0:
+                threshold, n_above = _search(pre_acts, bias, row, n_features, k, True, BITS, CHUNK)
+                above = 0
+                equal = 0
+                for begin in range(0, n_features, CHUNK):
+                    cols = begin + tl.arange(0, CHUNK)
+                    key = _row_keys(pre_acts, bias, row, cols, n_features, True, BITS)
+                    above, equal = _emit(key, cols, row, above, equal, n_above, threshold, values, indices, k, BITS)
 
 
 @no_type_check
 @triton.jit
-def _keep_pairs(pre_acts, codes, n_pairs, k, BLOCK: tl.constexpr):
-    """Two bf16 keys a word: with bit 15 of both halves set, one subtraction compares both with a candidate."""
+def _keep_pairs(pre_acts, codes, n_pairs, k, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Two bf16 keys a word: with bit 15 of both halves set, one addition compares both with a candidate."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
-    x = tl.load(pre_acts + row * n_pairs + i, mask=i < n_pairs, other=0)
-    x = x & ((((x >> 15) & 0x00010001) * 0xFFFF) ^ -1)  # 0 for negative halves
-    marked = x | -2147450880  # 0x80008000
+    x = _positive_halves(tl.load(pre_acts + row * n_pairs + i, mask=i < n_pairs, other=0))
     top = tl.max(tl.maximum(x >> 16, x & 0xFFFF), 0)
     guess = tl.maximum(top - 512, 0)  # sixteen times smaller than the largest
-    enough = _n_reach(marked, guess) >= k
-    low = tl.where(enough, guess, 0)
-    high = tl.where(enough, top + 1, guess)
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        enough = _n_reach(marked, middle) >= k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    above = _reach(marked, low + 1)
-    equal = _reach(marked, low) ^ above
-    room = k - _n_halves(tl.sum(above, 0))
-    if _n_halves(tl.sum(equal, 0)) > room:
-        upper = equal >> 16
-        run = tl.cumsum(upper + (equal & 1), 0)
-        equal = ((equal & 1) & (run - upper <= room).to(tl.int32)) | ((upper & (run <= room).to(tl.int32)) << 16)
-    tl.store(codes + row * n_pairs + i, x & ((above | equal) * 0xFFFF), mask=i < n_pairs)
+    n = _n_reach(x, guess)
+    low, n_low = tl.where(n >= k, guess, 0), tl.where(n >= k, n, 2 * n_pairs)
+    high, n_high = tl.where(n >= k, top + 1, guess), tl.where(n >= k, 0, n)
+    while high - low > 1:  # between halving and the secant: seven rounds where halving takes ten
+        width = high - low
+        margin = tl.maximum(width // 8, 1)
+        step = width * (n_low - k) // tl.maximum(n_low - n_high, 1)
+        middle = low + tl.minimum(tl.maximum(step, margin), width - margin)
+        n = _n_reach(x, middle)
+        low, n_low = tl.where(n >= k, middle, low), tl.where(n >= k, n, n_low)
+        high, n_high = tl.where(n >= k, high, middle), tl.where(n >= k, n_high, n)
+    room = k - _n_reach(x, low + 1)
+
+    # Of those that equal the threshold, the first `room` stay: whole parts of the row, then some of one part.
+    PART: tl.constexpr = BLOCK // PARTS
+    equal = _n_halves(_reach(x, low) ^ _reach(x, low + 1))
+    of_part = tl.sum(tl.reshape(equal, [PARTS, PART]), 1)
+    whole = tl.sum((tl.cumsum(of_part, 0) <= room).to(tl.int32), 0)
+    room -= tl.sum(tl.where(tl.arange(0, PARTS) < whole, of_part, 0), 0)
+    begin = whole * PART
+    kept = x & (_reach(x, tl.where(i < begin, low, low + 1)) * 0xFFFF)
+    tl.store(codes + row * n_pairs + i, kept, mask=(i < n_pairs) & ((i < begin) | (i >= begin + PART)))
+    j = begin + tl.arange(0, PART)
+    x = _positive_halves(tl.load(pre_acts + row * n_pairs + j, mask=j < n_pairs, other=0))
+    above = _reach(x, low + 1)
+    equal = _reach(x, low) ^ above
+    upper = equal >> 16
+    run = tl.cumsum(_n_halves(equal), 0)
+    equal = ((equal & 1) & (run - upper <= room).to(tl.int32)) | ((upper & (run <= room).to(tl.int32)) << 16)
+    tl.store(codes + row * n_pairs + j, x & ((above | equal) * 0xFFFF), mask=j < n_pairs)
 
 
 @no_type_check
 @triton.jit
-def _reach(marked, candidate):
+def _positive_halves(pairs):
+    """0 for negative halves."""
+    return pairs & ((((pairs >> 15) & 0x00010001) * 0xFFFF) ^ -1)
+
+
+@no_type_check
+@triton.jit
+def _reach(pairs, candidate):
     """1 in each half that reaches the candidate."""
-    return ((marked - candidate * 0x00010001) >> 15) & 0x00010001
+    return ((pairs + (-2147450880 - candidate * 0x00010001)) >> 15) & 0x00010001  # 0x80008000
 
 
 @no_type_check
@@ -270,8 +316,8 @@ def _n_halves(halves):
 
 @no_type_check
 @triton.jit
-def _n_reach(marked, candidate):
-    return _n_halves(tl.sum(_reach(marked, candidate), 0))
+def _n_reach(pairs, candidate):
+    return _n_halves(tl.sum(_reach(pairs, candidate), 0))
 
 
 @no_type_check

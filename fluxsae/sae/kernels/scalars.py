@@ -1,0 +1,102 @@
+"""The few numbers of a step, each group in one launch: tokens' weights, the loss, and Adam's factors (Triton).
+
+Legend: N tokens, D width, P tiles of channels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+_CHUNK = 4096
+
+
+class Weighed(NamedTuple):
+    """`token_weights` of errors, and means over tokens and channels of weighted and plain squared errors."""
+
+    weights: Float[Tensor, "N"]
+    loss: Float[Tensor, ""]
+    mse: Float[Tensor, ""]
+
+
+def weigh_tokens(squares: Float[Tensor, "P N"], clip: float, d_in: int) -> Weighed:
+    """From squared lengths of errors, whose parts the P tiles hold; `clip` as in `token_weights`."""
+    n_tiles, n_tokens = squares.shape
+    weights = torch.empty(n_tokens, device=squares.device)
+    means = torch.empty(2, device=squares.device)
+    _weigh_tokens[(1,)](squares, weights, means, n_tokens, n_tiles, clip, d_in, CHUNK=_CHUNK, num_warps=16)
+    return Weighed(weights, *means.unbind())
+
+
+def adam_factors(
+    loss: Float[Tensor, ""],
+    lr: Float[Tensor, ""],
+    steps: list[Float[Tensor, ""]],
+    betas: tuple[float, float],
+    factor: float,
+    eps: float,
+) -> Float[Tensor, "5"]:
+    """What the row updates read from memory, so that a replayed graph sees each step's own numbers.
+
+    Counts a step in each of four `steps`, unless the loss is not finite. Returns lr / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ), the
+    gradient's factor, whether to step at all (else 0), and ε.
+    """
+    factors = torch.empty(5, device=loss.device)
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
+    _adam_factors[(1,)](loss, lr, *steps, factors, *logs, factor, eps, num_warps=1)
+    return factors
+
+
+@no_type_check
+@triton.jit
+def _squares(squares, n, n_tokens, n_tiles, CHUNK: tl.constexpr):
+    total = tl.zeros([CHUNK], tl.float32)
+    for tile in range(n_tiles):
+        total += tl.load(squares + tile * n_tokens + n, mask=n < n_tokens, other=0.0)
+    return total
+
+
+@no_type_check
+@triton.jit
+def _weigh_tokens(squares, weights, means, n_tokens, n_tiles, clip, d_in, CHUNK: tl.constexpr):
+    lengths = tl.zeros([CHUNK], tl.float32)
+    for begin in range(0, n_tokens, CHUNK):
+        lengths += tl.sqrt(_squares(squares, begin + tl.arange(0, CHUNK), n_tokens, n_tiles, CHUNK))
+    longest = clip * tl.sum(lengths, 0) / n_tokens
+    plain = tl.zeros([CHUNK], tl.float32)
+    weighted = tl.zeros([CHUNK], tl.float32)
+    for begin in range(0, n_tokens, CHUNK):
+        n = begin + tl.arange(0, CHUNK)
+        square = _squares(squares, n, n_tokens, n_tiles, CHUNK)
+        length = tl.sqrt(square)
+        short = (length <= longest) | (clip == 0)
+        weight = tl.where(short, 1.0, longest / tl.where(short, 1.0, length))
+        tl.store(weights + n, weight, mask=n < n_tokens)
+        plain += square
+        weighted += tl.where(n < n_tokens, square * weight, 0.0)
+    tl.store(means, tl.sum(weighted, 0) / n_tokens / d_in)
+    tl.store(means + 1, tl.sum(plain, 0) / n_tokens / d_in)
+
+
+@no_type_check
+@triton.jit
+def _adam_factors(loss, lr, step1, step2, step3, step4, factors, log_beta1, log_beta2, factor, eps):
+    ok = (tl.abs(tl.load(loss)) < float("inf")).to(tl.float32)
+    t = tl.load(step1) + ok
+    tl.store(step1, t)
+    tl.store(step2, tl.load(step2) + ok)
+    tl.store(step3, tl.load(step3) + ok)
+    tl.store(step4, tl.load(step4) + ok)
+    correction1 = 1 - tl.exp(t.to(tl.float64) * log_beta1)  # in float32 its first digits would cancel
+    correction2 = 1 - tl.exp(t.to(tl.float64) * log_beta2)
+    tl.store(factors, (tl.load(lr) / correction1).to(tl.float32))
+    tl.store(factors + 1, (1 / tl.sqrt(correction2)).to(tl.float32))
+    tl.store(factors + 2, factor)
+    tl.store(factors + 3, ok)
+    tl.store(factors + 4, eps)

@@ -6,8 +6,10 @@ Legend: I images, B images of a batch, T tokens an image, D width, F features.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +26,8 @@ from fluxsae.sae.pooling import PlainPooling, Pooled, Pooling, pooling_of
 from fluxsae.shards.read import ShardSet
 from fluxsae.spec import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
 from fluxsae.storage import read_csv, read_json
+
+_logger = logging.getLogger(__name__)
 
 MAY_DIFFER = ("site", "step", *(f.name for f in fields(GenerationSpec) if f.name not in ("model", *WHICH_IMAGES)))
 MATRIX, IMAGES, SUMMARY = "matrix.npy", "images.csv", "scores.json"
@@ -52,8 +56,8 @@ class SAEScoring(LightningModule):
         sae: folder of an SAE, or a seed checkpoint.
         allow: what may differ between the tokens' capture and that which the SAE was trained on, such as
             `[step, height, width]`. Other prompts and seeds always may; another width of tokens never.
-        fused: with `precision: bf16-mixed` on an NVIDIA GPU, encode and pool at once by hand-made kernels; false for
-            PyTorch's.
+        fused: with `precision: bf16-mixed` on an NVIDIA GPU, encode and pool at once by hand-made kernels, if they
+            agree with PyTorch's on the first image; false for PyTorch's alone.
     """
 
     def __init__(self, sae: Path, allow: list[str] | None = None, fused: bool = True) -> None:
@@ -65,6 +69,7 @@ class SAEScoring(LightningModule):
         self.path = sae
         self.fused = fused
         self.pooling: Pooling = PlainPooling(self.sae)
+        self._unproven = False
         self.allow = tuple(allow or ())
 
     def forward(self, tokens: Float[Tensor, "B T D"]) -> Pooled:
@@ -83,11 +88,14 @@ class SAEScoring(LightningModule):
         self.trainer.predict_loop.return_predictions = False  # scores of all images would fill the memory
         if self.fused:
             self.pooling = pooling_of(self.sae, str(self.trainer.precision))
+        self._unproven = type(self.pooling) is not PlainPooling
 
     def predict_step(self, batch: TokenBatch) -> ImageScores | Int[Tensor, "B"]:
         """The scores of a batch; where `only` narrows the data, which whoever wants scores refuses, just its images."""
         if self.trainer.datamodule.only is not None:  # type: ignore[attr-defined]
             return batch.images
+        if self._unproven:
+            self._prove(batch.tokens[:1])
         scores, fired = self(batch.tokens)
         shards = scored_shards(self.trainer)
         keys = [prompt_key(shards.record(image).prompt) for image in batch.images.tolist()]
@@ -96,6 +104,21 @@ class SAEScoring(LightningModule):
             where = shards.first_not_finite(batch.images.tolist())
             raise FloatingPointError(f"a score is NaN or infinite. {where or f'The SAE at {self.path} is damaged'}.")
         return ImageScores(batch.images, prompts, scores, fired)
+
+    def _prove(self, tokens: Float[Tensor, "1 T D"]) -> None:
+        """Go on by PyTorch where kernels, which few of all GPUs have run, find grossly other scores of an image."""
+        self._unproven = False
+        plain = PlainPooling(self.sae)
+        expected = plain.pool(tokens).scores
+        off, length = float((self(tokens).scores - expected).norm()), float(expected.norm())
+        if (
+            isfinite(length) and not off <= 0.1 * length
+        ):  # equal pre-activations, either of them kept, and bf16 make less
+            _logger.warning(
+                f"scoring goes on by PyTorch: fused scores are off by {off:.3g} of {length:.3g} on this GPU; "
+                "please report this."
+            )
+            self.pooling = plain
 
 
 def check_spec(

@@ -26,7 +26,7 @@ from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.coder import L1, SAE, Pass, TopK
 from fluxsae.sae.dead import aux_error, draw_directions, resample
 from fluxsae.sae.evaluation import Evaluation, Metrics, batch_variance_explained
-from fluxsae.sae.fused import FusedStep, Settings, StepAdam, why_not_fused
+from fluxsae.sae.fused import CHECKED, FusedStep, Settings, StepAdam, disagreement, why_not_fused
 from fluxsae.sae.objective import squared_errors, token_weights
 from fluxsae.sae.parallel import average_gradients, gather, shard
 from fluxsae.sae.rows import add_rows, whole
@@ -71,7 +71,8 @@ class SAETraining(TrainedOnTokens):
         clip_tokens: a token's error pulls as one of this many mean lengths at most; 0 switches that off.
         check_every: steps between counts of the dead features (each waits for the device once).
         fused: whether steps are made by hand-made GPU kernels, by the same formulas: L1 and TopK in bf16-mixed
-            precision on one NVIDIA GPU. By default they are where they can be; true refuses a run where they cannot.
+            precision on one NVIDIA GPU. By default they are where they can be, and agree with autograd's on the first
+            batch; true refuses a run where they cannot or do not.
     """
 
     since_fired: Tensor
@@ -119,6 +120,7 @@ class SAETraining(TrainedOnTokens):
         self._dead: Tensor | None = None
         self._optimizer: StepAdam | None = None
         self._step: FusedStep | None = None
+        self._unproven = False
         self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None
         self._name = ""
         self._log: Callable[..., None] = self.log
@@ -173,6 +175,7 @@ class SAETraining(TrainedOnTokens):
         self._step = self._fused_step()
         assert self._optimizer is not None
         self._optimizer.fused_step = self._step
+        self._unproven = self._step is not None and not self._optimizer.state
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         step = self.global_step
@@ -184,6 +187,8 @@ class SAETraining(TrainedOnTokens):
         self._dead = self._dead.to(self.device)
 
     def training_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> Tensor:
+        if self._unproven:
+            self._prove(batch[:CHECKED])
         if self._step is not None:
             return self._train_fused(self._step, batch)
         x = self.sae.normalise(batch)
@@ -198,12 +203,34 @@ class SAETraining(TrainedOnTokens):
 
     def _train_fused(self, step: FusedStep, batch: Tensor) -> Tensor:
         assert self._dead is not None
-        penalty = self.sae.l1 * self._ramp(self.sparsity_warmup_steps) if isinstance(self.sae, L1) else 0.0
-        outcome = step.forward(batch, self._dead, penalty)
+        outcome = step.forward(batch, self._dead, self._penalty)
         self._count(outcome.fired > 0, len(batch))
         if self._logs_now:
             self._log_step(outcome.loss, outcome.mse, step.variance_explained(), outcome.l0)
         return outcome.loss
+
+    @property
+    def _penalty(self) -> float:
+        return self.sae.l1 * self._ramp(self.sparsity_warmup_steps) if isinstance(self.sae, L1) else 0.0
+
+    def _prove(self, tokens: Tensor) -> None:
+        """Go on by autograd where a fused step disagrees with it. RuntimeError where only a fused one will do."""
+        assert self._step is not None and self._optimizer is not None
+        held, self._dead = self._dead, torch.arange(0, self.sae.n_features, 16, device=self.device)  # as if they were
+        x = self.sae.normalise(tokens)
+        loss = self._loss(x, self.sae.run(x))
+        if not bool(loss.isfinite()):
+            self._dead = held
+            return
+        why = disagreement(self._step, self._optimizer, tokens, self._dead, self._penalty, loss)
+        self._dead, self._unproven = held, False
+        if why is None:
+            return
+        if self.fused:
+            raise RuntimeError(f"fused is true, but {why}; leave fused out to train by autograd, and report this.")
+        _logger.warning(f"training goes on by autograd, since {why}; please report this.")
+        self._step.settle()
+        self._step = self._optimizer.fused_step = None
 
     def backward(self, loss: Tensor, *arguments: Any, **named: Any) -> None:
         if self._step is None:

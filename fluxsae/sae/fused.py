@@ -31,6 +31,10 @@ SPARSE_UP_TO = 96
 """The largest k for which gathering rows beats matrix products (measured on an H100 at D = 3072, F = 12288)."""
 
 
+CHECKED = 1024
+"""Tokens on which a fused step is compared with autograd's before it trains."""
+
+
 class Outcome(NamedTuple):
     """What a forward pass found, on the device. `loss` and `mse` are a channel; `fired` counts tokens a feature."""
 
@@ -66,7 +70,10 @@ class StepAdam(Adam):
         if self.fused_step is None:
             return super().step(closure)
         loss = closure() if closure is not None else None
-        self.fused_step.update(self, self.param_groups[0]["lr"])
+        if self.fused_step is None:  # the closure found it wrong, and left gradients
+            super().step()
+        else:
+            self.fused_step.update(self, self.param_groups[0]["lr"])
         return loss
 
 
@@ -251,6 +258,37 @@ class FusedStep:
             name: torch.empty(n_tokens, width, device=self.enc_low.device, dtype=self.settings.dtype)
             for name, width in widths.items()
         }
+
+
+def disagreement(
+    step: FusedStep, optimizer: Adam, tokens: Float[Tensor, "N D"], dead: Int[Tensor, "M"], penalty: float, loss: Tensor
+) -> str | None:
+    """In words, what tells a fused step on `tokens` grossly from autograd's, whose `loss` of them it is; else None.
+
+    Kernels are compiled for the GPU at hand, and few of all GPUs have run them. Which of two equal pre-activations is
+    kept differs, and with it up to a fifth of the gradients; wrong addresses or signs make more. Weights stay as they
+    are, and the optimizer's state as if it had made no step; so it must have made none.
+    """
+    sae = step.sae
+    with torch.enable_grad():
+        loss.backward()
+    sae.remove_parallel_gradient()
+    outcome = step.forward(tokens, dead, penalty)
+    step.update(optimizer, 0.0)
+    checks = {"loss": (outcome.loss, loss.detach(), 0.03)}
+    for name, parameter in sae.named_parameters():
+        state = optimizer.state[parameter]
+        if parameter.shape[0] == sae.n_features and parameter.grad is not None:
+            gradient = state["exp_avg"] / (1 - step.settings.betas[0])
+            checks[f"gradient of {name}"] = (gradient, parameter.grad, 0.5)
+        for value in state.values():
+            value.zero_()
+        parameter.grad = None
+    for name, (found, expected, tolerance) in checks.items():
+        off = float((found - expected).norm() / expected.norm())
+        if not off <= tolerance:
+            return f"the {name} is {off:.0%} off autograd's on this GPU"
+    return None
 
 
 class _Found(NamedTuple):

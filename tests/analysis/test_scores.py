@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lightning.pytorch import Callback
+from torch import Tensor
 
+from fluxsae import scoring
 from fluxsae.analysis import by_feature
 from fluxsae.analysis.by_feature import read_by_feature, write_by_feature
 from fluxsae.analysis.scores_writer import ScoresWriter
 from fluxsae.features import Selection, update_features
 from fluxsae.sae import save_sae
+from fluxsae.sae.pooling import PlainPooling, Pooled
 from fluxsae.scoring import Scores, prompt_key
 from tests.analysis.study import Study, all_scores, make_study, run
 from tests.synthetic import capture_spec
@@ -51,6 +54,22 @@ def test_by_feature(study: Study, block: int, monkeypatch: pytest.MonkeyPatch) -
 def test_by_feature_of_nothing(tmp_path: Path) -> None:
     write_by_feature(np.zeros((3, 2), np.float32), tmp_path)
     assert len(read_by_feature(tmp_path, 1).images) == 0
+
+
+def test_where_kernels_are_wrong_pytorch_goes_on(
+    study: Study, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Wrong(PlainPooling):
+        def pool(self, tokens: Tensor) -> Pooled:
+            pooled = super().pool(tokens)
+            return pooled._replace(scores=pooled.scores.roll(1, dims=1))
+
+    for kind, warns in ((Wrong, True), (PlainPooling, False)):
+        caplog.clear()
+        monkeypatch.setattr(scoring, "pooling_of", lambda sae, _, kind=kind: kind(sae))
+        run(study, ScoresWriter(study.folder / "scores"))
+        assert np.allclose(Scores.open(study.folder / "scores").matrix, all_scores(study).numpy(), atol=1e-5)
+        assert ("scoring goes on by PyTorch" in caplog.text) == warns
 
 
 def test_no_scores_where_none_were_finished(study: Study) -> None:

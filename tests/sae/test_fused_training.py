@@ -18,6 +18,7 @@ from fluxsae.activations import ActivationData
 from fluxsae.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, TopK
 from fluxsae.sae.fused import Settings, why_not_fused
+from fluxsae.sae.kernels import columns
 from fluxsae.training import SAETraining
 from tests.synthetic import dictionary, token_shards
 
@@ -47,7 +48,9 @@ class StopAt(Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-def fit(shards: Path, folder: Path, sae: SAE, fused: bool, *callbacks: Callback, resume: str | None = None) -> SAE:
+def fit(
+    shards: Path, folder: Path, sae: SAE, fused: bool | None, *callbacks: Callback, resume: str | None = None
+) -> SAE:
     module = SAETraining(sae, folder, lr=0.01, warmup_steps=2, dead_after=20, check_every=2, fused=fused)
     trainer = Trainer(
         accelerator="auto",
@@ -83,6 +86,21 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(shards: Path, tmp_path: P
     fit(shards, tmp_path / "broken", MAKE["TopK"](), True, StopAt(4))
     resumed = fit(shards, tmp_path / "broken", MAKE["TopK"](), True, resume="last")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("kind", MAKE)
+def test_where_kernels_are_wrong_autograd_goes_on(
+    shards: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    theirs = fit(shards, tmp_path / "plain", MAKE[kind](), False)
+    monkeypatch.setattr(columns, "weigh", lambda rows, _: rows.mul_(3))
+    ours = fit(shards, tmp_path / "fused", MAKE[kind](), None)
+    assert "training goes on by autograd, since the loss is 2" in caplog.text
+    for (name, value), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(value, other, atol=1e-6), name
+    with pytest.raises(RuntimeError, match=r"fused is true, but the loss is 2.% off autograd"):
+        fit(shards, tmp_path / "asked", MAKE[kind](), True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

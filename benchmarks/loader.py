@@ -69,16 +69,18 @@ class Training:
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         measures: list[Measure] = []
         trainings: list[Training] = []
         for storage in options.storage:
+            threads = torch.get_num_threads()
             shards = make_shards(folder / storage, storage, options)
+            torch.set_num_threads(options.threads)
             measures += compare(shards, options)
             if options.train:
                 trainings += train(shards, options, Path(temporary) / "sae")
+            torch.set_num_threads(threads)
         print(table(measures, trainings))
         if options.json:
             write_json(options.json, measures, trainings, options)

@@ -53,7 +53,7 @@ MAX_TEXT_LENGTH = 512
 
 
 class AbandonParts(Callback):
-    """Removes the half-written files of a capture that ends early, by an interrupt as well."""
+    """Closes the files of a capture that ends early, by an interrupt as well: whole batches stay for the next."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         assert isinstance(pl_module, FluxCapture)
@@ -64,7 +64,7 @@ class FluxCapture(LightningModule):
     """Generates the images of a `PromptData` and leaves them, and tokens at sites × steps, as shard sets in `folder`.
 
     `folder` holds `generation.json`, `prompts.jsonl`, `images/` and `<site>/step-<step>/`. A capture that was
-    interrupted goes on at the first shard that is not whole; sites and steps may be added to a finished one.
+    interrupted goes on behind the last batch that it wrote; sites and steps may be added to a finished one.
 
     Args:
         model: a diffusers pipeline folder or a hub id.
@@ -163,7 +163,7 @@ class FluxCapture(LightningModule):
         self._started = time.monotonic()
 
     def predict_step(self, batch: RequestBatch, batch_idx: int = 0) -> int:
-        """How many images were made: none when every set already has the batch's shard."""
+        """How many images were made: none when every set already has the batch."""
         pending = self._pending(batch)
         if not pending:
             return 0
@@ -190,7 +190,7 @@ class FluxCapture(LightningModule):
         self.trainer.strategy.barrier("finalised")
 
     def abandon(self) -> None:
-        """Stop writing, and remove what is not whole."""
+        """Stop writing; what of a shard is on the disk in whole batches stays for the next run."""
         self._background.stop()
         for one in self.sets:
             one.writer.abandon()
@@ -213,8 +213,8 @@ class FluxCapture(LightningModule):
         return [request for batch in batches for request in batch.requests]
 
     def _pending(self, batch: RequestBatch) -> list[CaptureSet]:
-        """The sets that do not have the batch's shard yet."""
-        return [one for one in self.sets if batch.shard in one.missing]
+        """The sets that do not have all of the batch yet."""
+        return [one for one in self.sets if one.lacks(batch)]
 
     def _make(self, batch: RequestBatch, pending: Sequence[CaptureSet]) -> None:
         """Make a batch's images and hand over what is to be written, without waiting for it or for the sampler."""
@@ -241,7 +241,7 @@ class FluxCapture(LightningModule):
 
     def _bytes_to_come(self, one: CaptureSet, sizes: dict[str, int]) -> int:
         size = image_bytes(self.spec) if one.site is None else sizes[one.site]
-        return size * sum(map(self.data.samples, one.missing))
+        return size * sum(self.data.samples(shard) - one.writer.kept(shard) for shard in one.missing)
 
     def _prompt_data(self) -> PromptData:
         data = getattr(self.trainer, "datamodule", None)
@@ -276,6 +276,9 @@ def _write(batch: RequestBatch, pending: Sequence[CaptureSet], copies: Sequence[
 def _write_one(one: CaptureSet, batch: RequestBatch, values: Float[Tensor, "B T D"] | UInt8[Tensor, "B H W 3"]) -> None:
     payloads = pictures(values) if one.site is None else values
     for request, payload in zip(batch.requests, payloads, strict=True):
-        one.writer.add(batch.shard, SampleRecord(*request), payload)
+        if request.image >= one.end_of_kept(batch.shard):
+            one.writer.add(batch.shard, SampleRecord(*request), payload)
     if batch.last_of_shard:
         one.writer.close_shard(batch.shard)
+    else:
+        one.writer.keep(batch.shard)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fluxsae.prompts import Prompt
-from fluxsae.requests import PromptData
+from fluxsae.requests import PromptData, RequestBatch
 from fluxsae.shards.format import Storage
 from fluxsae.shards.write import ShardWriter
 from fluxsae.spec import CaptureSpec, GenerationSpec, Site, differences
@@ -33,6 +33,13 @@ class CaptureSet(NamedTuple):
     missing: frozenset[int]
     site: str | None = None
     step: int = 0
+
+    def lacks(self, batch: RequestBatch) -> bool:
+        return batch.shard in self.missing and batch.requests[-1].image >= self.end_of_kept(batch.shard)
+
+    def end_of_kept(self, shard: int) -> int:
+        """The first image of a shard that an earlier process did not keep."""
+        return shard * self.writer.images_per_shard + self.writer.kept(shard)
 
 
 def set_folder(folder: Path, site: str | Site, step: int) -> Path:

@@ -69,7 +69,7 @@ class PromptData(LightningDataModule):
         prompts: a .txt, .jsonl or .csv file, see `fluxsae.prompts`.
         repetitions: images a prompt, each with a seed of its own.
         batch_size: images made together.
-        images_per_shard: images in a shard, and so the unit in which an interrupted capture goes on.
+        images_per_shard: images in a shard, a file that appears when it is whole.
         base_seed: what the images' seeds derive from.
         limit: take the first so many prompts only.
     """

@@ -29,7 +29,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     An OSError names `path`, also where a library tells of a full disk in its own way.
     """
     path = Path(path)
-    with _naming(path):
+    with naming(path):
         check_claims()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
@@ -39,16 +39,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            check_claims()
-            temporary.replace(path)
-            _sync_folder(path.parent)
+            put_in_place(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a finished file its name, for good. What it holds must have reached the disk."""
+    temporary.chmod(0o666 & ~_umask())
+    check_claims()
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from within names `path`, also where a library tells of a full disk in its own way."""
     try:
         yield
     except OSError as error:

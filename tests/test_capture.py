@@ -8,6 +8,8 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -116,6 +118,7 @@ def test_a_killed_capture_goes_on_to_the_same_files(
     class Killed(FluxCapture):
         def predict_step(self, batch: RequestBatch, batch_idx: int = 0) -> int:
             if batch_idx == n_batches:
+                self._background.wait()
                 raise RuntimeError("killed")
             return super().predict_step(batch, batch_idx)
 
@@ -123,8 +126,72 @@ def test_a_killed_capture_goes_on_to_the_same_files(
     with pytest.raises(RuntimeError, match="killed"):
         run(first, data(prompts))
     assert not list(folder.rglob("metadata.json"))
-    run(capture(tiny_flux, folder), data(prompts))
+    with counted() as made:
+        run(capture(tiny_flux, folder), data(prompts))
+    assert len(made) == 5 - n_batches  # of 3, 1, 3, 1 and 2 images
     assert files(folder) == files(finished)
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """How many images each batch made has."""
+    original, made = fluxsae.capture.generate, []
+
+    def generate_(pipe: Any, prompt: Any, seeds: list[int], **options: Any) -> Any:
+        made.append(len(seeds))
+        return original(pipe, prompt, seeds, **options)
+
+    with mock.patch.object(fluxsae.capture, "generate", generate_):
+        yield made
+
+
+def begin(tiny_flux: Path, prompts: Path, folder: Path, **changes: Any) -> None:
+    """A capture that ends with an error once the first batch, 3 of the first shard's 4 images, is on the disk."""
+    original, calls = fluxsae.capture.generate, []
+
+    def second_fails(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("broken")
+        return original(*args, **options)
+
+    with (
+        mock.patch.object(fluxsae.capture, "generate", second_fails),
+        pytest.raises(RuntimeError, match="broken"),
+    ):
+        run(capture(tiny_flux, folder, **changes), data(prompts))
+
+
+def test_batches_of_another_size_go_on_behind_what_is_there(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path
+) -> None:
+    begin(tiny_flux, prompts, tmp_path / "out")
+    with counted() as made:
+        run(capture(tiny_flux, tmp_path / "out"), data(prompts, batch_size=2))
+    assert made == [2, 2, 2, 2]
+    assert files(tmp_path / "out") == files(finished)
+
+
+def test_what_was_kept_is_only_used_whole_and_for_the_same(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path
+) -> None:
+    begin(tiny_flux, prompts, tmp_path / "out")
+    kept = tmp_path / "out" / "images" / ".shard-00000-open.tar"
+    bytes_ = bytearray(kept.read_bytes())
+    bytes_[700] ^= 1
+    kept.write_bytes(bytes_)
+    for part in set_folder(tmp_path / "out", SITE, 1).glob(".shard-00000-open.json"):
+        part.unlink()
+    kept_before = files(set_folder(tmp_path / "out", SITE, 2))
+    with counted() as made:
+        run(capture(tiny_flux, tmp_path / "out"), data(prompts))
+    assert made == [3, 1, 3, 1, 2]  # again, for the two sets that lost it
+    assert files(tmp_path / "out") == files(finished) and kept_before
+    begin(tiny_flux, prompts, tmp_path / "other", storage="bf16")
+    with counted() as made:
+        run(capture(tiny_flux, tmp_path / "other"), data(prompts))
+    assert made == [3, 1, 3, 1, 2]
+    assert files(tmp_path / "other") == files(finished)
 
 
 KILLED = """
@@ -161,21 +228,15 @@ def test_a_process_that_dies_leaves_nothing_that_stays(
     assert files(folder) == files(finished)
 
 
-def test_an_error_while_making_images_leaves_no_part_of_a_shard(tiny_flux: Path, prompts: Path, tmp_path: Path) -> None:
-    original, calls = fluxsae.capture.generate, []
-
-    def second_fails(*args: Any, **options: Any) -> Any:
-        calls.append(args)
-        if len(calls) == 2:
-            raise RuntimeError("broken")
-        return original(*args, **options)
-
-    with (
-        mock.patch.object(fluxsae.capture, "generate", second_fails),
-        pytest.raises(RuntimeError, match="broken"),
-    ):
+def test_an_error_while_making_images_leaves_whole_batches(
+    tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path
+) -> None:
+    begin(tiny_flux, prompts, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("shard-*"))
+    with counted() as made:
         run(capture(tiny_flux, tmp_path / "out"), data(prompts))
-    assert not list((tmp_path / "out").rglob("*shard-*"))
+    assert made == [1, 3, 1, 2]
+    assert files(tmp_path / "out") == files(finished)
 
 
 def test_two_processes_leave_the_same_files(tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path) -> None:

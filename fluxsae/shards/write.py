@@ -6,8 +6,6 @@ Legend: T tokens an image, D width.
 from __future__ import annotations
 
 import io
-import json
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,11 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from webdataset import TarWriter
 
 from fluxsae.shards.encoding import decode_tokens, encode_tokens
 from fluxsae.shards.format import (
     IMAGE,
     METADATA,
-    RECORD,
     TOKENS,
     Kind,
     SampleRecord,
@@ -35,13 +31,13 @@ from fluxsae.shards.format import (
     parse_entry,
     parse_spec,
     read_metadata,
-    sample_key,
     shard_name,
     statistics,
     sums_name,
 )
+from fluxsae.shards.open_shard import Kept, OpenShard, kept, payloads
 from fluxsae.spec import CaptureSpec, GenerationSpec, differences
-from fluxsae.storage import read_json, remove_parts, sealed, sha256_file, unsealed, whole_file, write_json
+from fluxsae.storage import read_json, remove_parts, sealed, unsealed, write_json
 
 
 class ShardWriter:
@@ -70,13 +66,28 @@ class ShardWriter:
         self.images_per_shard = images_per_shard
         self.n_bytes = 0
         """Bytes of tokens or pictures that this object has written."""
-        self._open: dict[int, _OpenShard] = {}
+        self._open: dict[int, OpenShard] = {}
+        self._sums: dict[int, Sums] = {}
+        self._kept: dict[int, Kept | None] = {}
         if (self.folder / METADATA).exists():
             _refuse_another(read_metadata(self.folder), spec, self._storage_name, self.folder)
 
     @property
     def _storage_name(self) -> str:
         return self.storage if self.kind == "tokens" else IMAGE
+
+    @property
+    def _extension(self) -> str:
+        return TOKENS if self.kind == "tokens" else IMAGE
+
+    @property
+    def _of(self) -> dict[str, Any]:
+        """What all shards of this set have in common."""
+        return {
+            "storage": self._storage_name,
+            "images_per_shard": self.images_per_shard,
+            "spec": self.spec.to_dict(),
+        }
 
     def is_complete(self, shard: int, samples: int | None = None) -> bool:
         """Whether this shard is on disk, whole, and of this spec (with `samples` images, where that is given).
@@ -91,7 +102,10 @@ class ShardWriter:
         return entry is not None and entry.bytes == tar.stat().st_size and samples in (None, entry.samples)
 
     def add(self, shard: int, record: SampleRecord, payload: Float[Tensor, "T D"] | Image.Image) -> None:
-        """Append one image's tokens or picture. ValueError for tokens that are not finite, or images out of order."""
+        """Append one image's tokens or picture, behind what `kept` says is there.
+
+        ValueError for tokens that are not finite, or images out of order.
+        """
         tensor = payload if isinstance(payload, Tensor) else None
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             where = f" at {self.spec.site}, step {self.spec.step}," if isinstance(self.spec, CaptureSpec) else ""
@@ -101,33 +115,37 @@ class ShardWriter:
             )
         data = encode_tokens(tensor, self.storage) if tensor is not None else _encode_image(payload)
         if shard not in self._open:
-            self._open[shard] = _OpenShard(self.folder / shard_name(shard))
-        self._open[shard].add(record, TOKENS if self.kind == "tokens" else IMAGE, data)
+            self._begin(shard)
+        self._open[shard].add(record, self._extension, data)
+        self._measure(shard, data)
         self.n_bytes += len(data)
+
+    def kept(self, shard: int) -> int:
+        """How many images of a shard an earlier process kept. Who asks goes on behind them."""
+        if shard not in self._kept:
+            self._kept[shard] = kept(self.folder / shard_name(shard), self._of)
+        found = self._kept[shard]
+        return len(found.images) if found is not None else 0
+
+    def keep(self, shard: int) -> None:
+        """Bring what an open shard has so far to the disk, for a later process to go on from."""
+        self._open[shard].keep()
 
     def close_shard(self, shard: int) -> None:
         """Put the shard under its name, and beside it what `finalise` needs. ValueError when nothing was added."""
         if shard not in self._open:
             raise ValueError(f"shard {shard} of {self.folder} has no samples to close; add its images first.")
-        open_shard = self._open.pop(shard)
-        open_shard.close()
-        tar = self.folder / shard_name(shard)
-        images = open_shard.images
-        entry = ShardEntry(tar.name, len(images), images[0], tar.stat().st_size, sha256_file(tar))
-        sums = open_shard.sums
-        values = {
-            "storage": self._storage_name,
-            "images_per_shard": self.images_per_shard,
-            "spec": self.spec.to_dict(),
-            "shard": asdict(entry),
-            "sums": sums.to_dict() if sums is not None else None,
-        }
+        images, n_bytes, sha256 = self._open.pop(shard).close()
+        entry = ShardEntry(shard_name(shard), len(images), images[0], n_bytes, sha256)
+        sums = self._sums.pop(shard, None)
+        values = {**self._of, "shard": asdict(entry), "sums": sums.to_dict() if sums is not None else None}
         write_json(self.folder / sums_name(shard), sealed(values))
 
     def abandon(self) -> None:
-        """Remove the shards that are not closed yet."""
+        """Write no more. Of shards that are not closed, what was kept stays."""
         while self._open:
-            self._open.popitem()[1].discard()
+            self._open.popitem()[1].put_down()
+        self._kept.clear()
 
     def finalise(self, n_shards: int) -> ShardMetadata:
         """Write `metadata.json` once all shards are whole; for one process, after the others are done.
@@ -152,11 +170,25 @@ class ShardWriter:
             sums += [part] if part is not None else []
         numbers = statistics(merge(sums)) if sums else None
         metadata = ShardMetadata(self.kind, self._storage_name, self.spec, tuple(entries), numbers)
-        for left_over in self.folder.glob(".shard-*"):
+        for left_over in (*self.folder.glob(".shard-*"), *self.folder.glob("..shard-*")):
             left_over.unlink()
         remove_parts(self.folder / METADATA)
         write_json(self.folder / METADATA, metadata.to_dict())
         return metadata
+
+    def _begin(self, shard: int) -> None:
+        """Open a shard, behind what is kept where somebody has asked for that."""
+        path, there = self.folder / shard_name(shard), self._kept.get(shard)
+        self._open[shard] = OpenShard(path, self._of, there)
+        self._sums.pop(shard, None)
+        if there is not None and self.kind == "tokens":
+            for data in payloads(path, there, TOKENS):
+                self._measure(shard, data)
+
+    def _measure(self, shard: int, data: bytes | bytearray) -> None:
+        if self.kind == "tokens":
+            part = _sums(decode_tokens(bytearray(data), 0, len(data)))
+            self._sums[shard] = merge([self._sums[shard], part]) if shard in self._sums else part
 
     def _read_sums(self, shard: int) -> tuple[ShardEntry | None, Sums | None]:
         try:
@@ -169,41 +201,6 @@ class ShardWriter:
             return entry, None if numbers is None else Sums(**{**numbers, "mean": mean})
         except (KeyError, TypeError, ValueError, AttributeError):
             return None, None
-
-
-class _OpenShard:
-    """A tar under a temporary name, and the statistics of what was put in."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.images: list[int] = []
-        self.sums: Sums | None = None
-        self._stack = ExitStack()
-        temporary = self._stack.enter_context(whole_file(path))
-        file = self._stack.enter_context(temporary.open("wb"))
-        self._tar = self._stack.enter_context(
-            TarWriter(file, user="fluxsae", group="fluxsae", mode=0o644, mtime=0, encoder=False)
-        )
-
-    def add(self, record: SampleRecord, extension: str, data: bytes) -> None:
-        if self.images and record.image != self.images[-1] + 1:
-            raise ValueError(
-                f"image {record.image} does not follow image {self.images[-1]} in {self.path}; add images in order."
-            )
-        text = json.dumps(record._asdict(), ensure_ascii=False).encode()
-        self._tar.write({"__key__": sample_key(record.image), RECORD: text, extension: data})
-        self.images.append(record.image)
-        if extension == TOKENS:
-            part = _sums(decode_tokens(bytearray(data), 0, len(data)))
-            self.sums = part if self.sums is None else merge([self.sums, part])
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def discard(self) -> None:
-        """Unwind as if writing had failed: whole_file then removes the temporary file."""
-        error = InterruptedError(f"{self.path} was abandoned")
-        self._stack.__exit__(type(error), error, None)
 
 
 def _sums(tokens: Float[Tensor, "T D"]) -> Sums:

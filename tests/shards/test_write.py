@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from webdataset import TarWriter
 
 from fluxsae.shards import ShardWriter
 from tests.synthetic import capture_spec, generation_spec, records, token_shards
@@ -25,6 +28,54 @@ def test_a_shard_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     write_shard(writer, 0)
     assert writer.is_complete(0) and writer.is_complete(0, samples=4) and not writer.is_complete(0, samples=5)
+
+
+def test_a_shard_goes_on_behind_what_was_kept(tmp_path: Path) -> None:
+    write_shard(ShardWriter(tmp_path / "whole", capture_spec(), images_per_shard=4), 0)
+    writer = ShardWriter(tmp_path / "broken", capture_spec(), images_per_shard=4)
+    for record in records(8)[:3]:
+        writer.add(0, record, torch.ones(16, 8))
+        if record.image == 1:
+            writer.keep(0)
+    writer.abandon()
+    writer = ShardWriter(tmp_path / "broken", capture_spec(), images_per_shard=4)
+    assert writer.kept(0) == 2 and writer.kept(1) == 0 and not writer.is_complete(0)
+    for record in records(8)[2:4]:
+        writer.add(0, record, torch.ones(16, 8))
+    writer.close_shard(0)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "broken" / path.name).read_bytes() == path.read_bytes()
+    assert len(list((tmp_path / "broken").iterdir())) == 2
+
+
+@pytest.mark.parametrize("change", [{"storage": "fp32"}, {"images_per_shard": 8}, {"spec": capture_spec(guidance=1.0)}])
+def test_what_was_kept_for_something_else_is_begun_anew(tmp_path: Path, change: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"spec": capture_spec(), "images_per_shard": 4}
+    writer = ShardWriter(tmp_path, **options)
+    writer.add(0, records(2)[0], torch.ones(16, 8))
+    writer.keep(0)
+    writer.abandon()
+    assert ShardWriter(tmp_path, **options | change).kept(0) == 0
+    writer = ShardWriter(tmp_path, **options)
+    assert writer.kept(0) == 1
+    (part,) = tmp_path.glob(".*.tar")
+    part.write_bytes(part.read_bytes()[:-1])
+    assert ShardWriter(tmp_path, **options).kept(0) == 0
+
+
+def test_a_shard_is_a_plain_webdataset_tar(tmp_path: Path) -> None:
+    """Byte for byte what webdataset's own writer makes of the same samples."""
+    write_shard(ShardWriter(tmp_path, capture_spec(), images_per_shard=4), 0)
+    path, again = tmp_path / "shard-00000.tar", tmp_path / "again.tar"
+    with tarfile.open(path) as tar:
+        contents = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+    with again.open("wb") as file:
+        writer = TarWriter(file, user="fluxsae", group="fluxsae", mode=0o644, mtime=0, encoder=False)
+        for key in sorted({name.partition(".")[0] for name in contents}):
+            of_key = {name.partition(".")[2]: data for name, data in contents.items() if name.startswith(key)}
+            writer.write({"__key__": key, **of_key})
+        writer.close()
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_what_a_killed_process_left_is_swept_up(tmp_path: Path) -> None:

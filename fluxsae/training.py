@@ -249,20 +249,21 @@ class SAETraining(TrainedOnTokens):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Where the gradient is not finite, Adam leaves weights and moments as they are; no host is asked."""
-        if self._step is not None:
-            bad = ~self._step.outcome.loss.isfinite()
-        else:
-            average_gradients(self.sae)
-            self.sae.remove_parallel_gradient()
-            gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
-            bad = ~whole(torch.nn.utils.get_total_norm(gradients)).isfinite()
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
+        if self._step is not None:  # which sees to it itself
+            return
+        average_gradients(self.sae)
+        self.sae.remove_parallel_gradient()
+        gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
+        bad = ~whole(torch.nn.utils.get_total_norm(gradients)).isfinite()
+        optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
         is_first = bad & (self.first_bad_step < 0)
         self.first_bad_step.copy_(torch.where(is_first, self.global_step, self.first_bad_step))
 
     def _raise_if_not_finite(self) -> None:
         """FloatingPointError naming the first step whose gradient was NaN or infinite, and where that came from."""
         step = int(self.first_bad_step)
+        if self._step is not None and (ago := self._step.steps_since_bad()) is not None:
+            step = self.global_step - ago
         if step < 0:
             return
         shards = self._data.shard_set if self._data is not None else None

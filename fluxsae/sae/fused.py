@@ -112,6 +112,7 @@ class FusedStep:
         self.squares = torch.empty(row_updates.n_tiles(sae.d_in) if self.sparse else 1, sae.n_features, device=device)
         self.lr = torch.zeros((), device=device)
         self.penalty = torch.zeros((), device=device)
+        self.updates = torch.tensor([0, -1], device=device)
         self._aux = AuxiliaryPass(sae, settings.aux_k, settings.aux_coef)
         self._buffers: dict[str, Tensor] = {}
         self._graphs = Graphs(settings.graphs and device.type == "cuda")
@@ -147,6 +148,11 @@ class FusedStep:
         states = _adam_states(optimizer, self.sae)
         self.lr.fill_(lr)
         self._graphs.run(("update", *self._key), lambda: self._update(states), reads=self._found)
+
+    def steps_since_bad(self) -> int | None:
+        """How many updates ago a loss was not finite for the first time. Waits for the device."""
+        made, bad = self.updates.tolist()
+        return made - bad if bad >= 0 else None
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -198,7 +204,7 @@ class FusedStep:
         aux = self._explain_dead(aux_codes, error, weighed.weights, along, bias)
         loss = weighed.loss + aux.loss if aux.enc is not None else weighed.loss
         if isinstance(sae, L1):
-            loss = loss + 2 * self.penalty * total.sum() / n / sae.d_in
+            loss = scalars.add_penalty(loss, total, self.penalty, 2 / (n * sae.d_in))
         outcome = Outcome(loss, weighed.mse, fired, n)
         return _Found(outcome, error, along, bias, aux, codes=codes, slopes=slopes)
 
@@ -217,7 +223,7 @@ class FusedStep:
         found, sae, n = self._found, self.sae, len(self.x)
         factor = 2 / (n * sae.d_in)
         betas, eps = self.settings.betas, self.settings.eps
-        hyper = scalars.adam_factors(found.outcome.loss, self.lr, states.steps, betas, factor, eps)
+        hyper = scalars.adam_factors(found.outcome.loss, self.lr, states.steps, self.updates, betas, factor, eps)
         b_dec = columns.column_sums(found.error)
         b_dec -= columns.column_sums(self.enc_low, found.bias)
         unit = UnitRows(self.row_scale, found.along, self.squares)

@@ -164,13 +164,14 @@ def test_a_token_that_is_not_finite_makes_the_loss_so() -> None:
 def test_adams_factors(betas: tuple[float, float]) -> None:
     lr = torch.tensor(0.01, device=DEVICE)
     steps = [torch.tensor(float(n), device=DEVICE) for n in (0, 0, 0, 6)]
+    updates = torch.tensor([0, -1], device=DEVICE)
     for t in (1, 2, 3):
-        factors = scalars.adam_factors(torch.tensor(2.0, device=DEVICE), lr, steps, betas, 0.25, 1e-8)
+        factors = scalars.adam_factors(torch.tensor(2.0, device=DEVICE), lr, steps, updates, betas, 0.25, 1e-8)
         expected = [0.01 / (1 - betas[0] ** t), (1 - betas[1] ** t) ** -0.5, 0.25, 1.0, 1e-8]
         assert factors.tolist() == pytest.approx(expected, rel=1e-6)
     for loss in (torch.inf, -torch.inf, torch.nan):
-        assert scalars.adam_factors(torch.tensor(loss, device=DEVICE), lr, steps, betas, 0.25, 1e-8)[3] == 0
-    assert [int(step) for step in steps] == [3, 3, 3, 9]
+        assert scalars.adam_factors(torch.tensor(loss, device=DEVICE), lr, steps, updates, betas, 0.25, 1e-8)[3] == 0
+    assert [int(step) for step in steps] == [3, 3, 3, 9] and updates.tolist() == [6, 3]
 
 
 class Autograd(NamedTuple):

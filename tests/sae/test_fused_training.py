@@ -88,6 +88,25 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(shards: Path, tmp_path: P
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
+class Spoils(Callback):
+    """Puts a NaN among the tokens of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            batch[3, 2] = torch.nan
+
+
+@pytest.mark.usefixtures("in_float32")
+@pytest.mark.parametrize("kind", MAKE)
+def test_the_step_that_was_not_finite_is_named(shards: Path, tmp_path: Path, kind: str) -> None:
+    for step in (1, 4):
+        with pytest.raises(FloatingPointError, match=f"gradient of step {step} was NaN"):
+            fit(shards, tmp_path / str(step), MAKE[kind](), True, Spoils(step))
+
+
 @pytest.mark.usefixtures("in_float32")
 @pytest.mark.parametrize("kind", MAKE)
 def test_where_kernels_are_wrong_autograd_goes_on(

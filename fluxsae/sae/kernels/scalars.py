@@ -11,7 +11,7 @@ from typing import NamedTuple, no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 _CHUNK = 4096
@@ -34,22 +34,33 @@ def weigh_tokens(squares: Float[Tensor, "P N"], clip: float, d_in: int) -> Weigh
     return Weighed(weights, *means.unbind())
 
 
+def add_penalty(
+    loss: Float[Tensor, ""], sums: Float[Tensor, "F"], penalty: Float[Tensor, ""], factor: float
+) -> Float[Tensor, ""]:
+    """loss + factor · penalty · Σ sums."""
+    total = torch.empty_like(loss)
+    _add_penalty[(1,)](loss, sums, penalty, total, len(sums), factor, CHUNK=_CHUNK, num_warps=16)
+    return total
+
+
 def adam_factors(
     loss: Float[Tensor, ""],
     lr: Float[Tensor, ""],
     steps: list[Float[Tensor, ""]],
+    updates: Int[Tensor, "2"],
     betas: tuple[float, float],
     factor: float,
     eps: float,
 ) -> Float[Tensor, "5"]:
     """What the row updates read from memory, so that a replayed graph sees each step's own numbers.
 
-    Counts a step in each of four `steps`, unless the loss is not finite. Returns lr / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ), the
+    Counts a step in each of four `steps`, unless the loss is not finite; in `updates`, how often this was called and
+    the first call whose loss was not finite, -1 for none. Returns lr / (1 - β₁ᵗ), 1 / √(1 - β₂ᵗ), the
     gradient's factor, whether to step at all (else 0), and ε.
     """
     factors = torch.empty(5, device=loss.device)
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
-    _adam_factors[(1,)](loss, lr, *steps, factors, *logs, factor, eps, num_warps=1)
+    _adam_factors[(1,)](loss, lr, *steps, updates, factors, *logs, factor, eps, num_warps=1)
     return factors
 
 
@@ -86,8 +97,22 @@ def _weigh_tokens(squares, weights, means, n_tokens, n_tiles, clip, d_in, CHUNK:
 
 @no_type_check
 @triton.jit
-def _adam_factors(loss, lr, step1, step2, step3, step4, factors, log_beta1, log_beta2, factor, eps):
+def _add_penalty(loss, sums, penalty, total, n_features, factor, CHUNK: tl.constexpr):
+    parts = tl.zeros([CHUNK], tl.float32)
+    for begin in range(0, n_features, CHUNK):
+        f = begin + tl.arange(0, CHUNK)
+        parts += tl.load(sums + f, mask=f < n_features, other=0.0)
+    tl.store(total, tl.load(loss) + factor * tl.load(penalty) * tl.sum(parts, 0))
+
+
+@no_type_check
+@triton.jit
+def _adam_factors(loss, lr, step1, step2, step3, step4, updates, factors, log_beta1, log_beta2, factor, eps):
     ok = (tl.abs(tl.load(loss)) < float("inf")).to(tl.float32)
+    made = tl.load(updates)
+    bad = tl.load(updates + 1)
+    tl.store(updates, made + 1)
+    tl.store(updates + 1, tl.where((ok == 0) & (bad < 0), made, bad))
     t = tl.load(step1) + ok
     tl.store(step1, t)
     tl.store(step2, tl.load(step2) + ok)

@@ -344,6 +344,18 @@ def rotten(shards: Path, copy: Path, value: float) -> tuple[Path, int]:
     return copy, image
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("kind", ["TopK", "L1", "BatchTopK", "JumpReLU"])
+def test_every_kind_learns_in_every_precision(shards: Path, tmp_path: Path, kind: str, precision: str) -> None:
+    sae = {
+        "TopK": TopK(D_IN, 48, 4, seed=0), "L1": L1(D_IN, 48, 0.1, seed=0),
+        "BatchTopK": BatchTopK(D_IN, 48, 4, seed=0), "JumpReLU": JumpReLU(D_IN, 48, 0.1, seed=0),
+    }[kind]  # fmt: skip
+    one = trainer(tmp_path, 4, precision=precision)
+    one.fit(SAETraining(sae, tmp_path / "sae", lr=5e-3, warmup_steps=10, dead_after=5000), datamodule=data(shards))
+    assert one.callback_metrics["val/fve"] > 0.4
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_stops_the_run_and_harms_nothing(shards: Path, tmp_path: Path, value: float) -> None:
     folder, image = rotten(shards, tmp_path / "shards", value)

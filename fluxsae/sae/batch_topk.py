@@ -61,6 +61,6 @@ class BatchTopK(SAE):
     def remember(self, run: Pass, average: Callable[[Tensor], Tensor]) -> None:
         """Move the threshold towards this pass's cutoff; a pass that kept nothing, or no number, moves nothing."""
         assert run.cutoff is not None
-        cutoff = average(run.cutoff)
+        cutoff = average(run.cutoff).to(self.threshold.dtype)
         moved = torch.where(self.threshold > 0, self.threshold.lerp(cutoff, 1 - MEMORY), cutoff)
         self.threshold.copy_(torch.where(cutoff.isfinite(), moved, self.threshold))

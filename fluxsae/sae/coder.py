@@ -297,7 +297,8 @@ class TopK(SAE):
         indices = kernels.largest(pre.detach(), self.k)
         values = pre.gather(1, indices).relu()
         active = values.detach() > 0
-        fired = torch.zeros(self.n_features, device=x.device).index_add_(0, indices.flatten(), active.flatten().float())
+        fired = torch.zeros(self.n_features, device=x.device, dtype=torch.int32)
+        fired.index_add_(0, indices.flatten(), active.flatten().int())
         return Pass(
             recon=kernels.decode(values, indices, self.W_dec) + self.b_dec,
             penalty=values.new_zeros(()),

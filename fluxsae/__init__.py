@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fluxsae.sae.coder import L1, SAE, TopK
     from fluxsae.sae.jumprelu import JumpReLU
     from fluxsae.scoring import ImageScores, SAEScoring, Scores
+    from fluxsae.shards.channels import describe_channels
     from fluxsae.shards.read import ShardSet
     from fluxsae.shards.verify import verify
     from fluxsae.spec import CaptureSpec, GenerationSpec, Site, parse_site, token_grid
@@ -61,6 +62,7 @@ _HOMES = {
     "fluxsae.sae.coder": ("L1", "SAE", "TopK"),
     "fluxsae.sae.jumprelu": ("JumpReLU",),
     "fluxsae.scoring": ("ImageScores", "SAEScoring", "Scores"),
+    "fluxsae.shards.channels": ("describe_channels",),
     "fluxsae.shards.read": ("ShardSet",),
     "fluxsae.shards.verify": ("verify",),
     "fluxsae.spec": ("CaptureSpec", "GenerationSpec", "Site", "parse_site", "token_grid"),
@@ -102,6 +104,7 @@ __all__ = [
     "TokenBatch",
     "TopImages",
     "TopK",
+    "describe_channels",
     "generate",
     "intervene",
     "load_pipeline",

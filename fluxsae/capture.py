@@ -40,7 +40,9 @@ from fluxsae.one_run import OneRunOnly
 from fluxsae.prompts import prompts_hash
 from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
 from fluxsae.shards.background import Background, HostCopy
+from fluxsae.shards.channels import describe_channels
 from fluxsae.shards.format import SampleRecord, Storage
+from fluxsae.shards.read import ShardSet
 from fluxsae.spec import GenerationSpec, check_step, parse_site, token_grid
 
 __all__ = ["FluxCapture", "GenerationRequest", "PromptData", "RequestBatch", "image_seed", "set_folder"]
@@ -185,6 +187,9 @@ class FluxCapture(LightningModule):
         if self.trainer.is_global_zero:
             for one in self.sets:
                 one.writer.finalise(self.data.n_shards)
+                if one.site is not None and one.missing:
+                    shards = ShardSet.open(set_folder(self.folder, one.site, one.step))
+                    logger.info("%s, step %d: %s", one.site, one.step, describe_channels(shards))
             for left_over in (self.folder / "embeddings").glob(".*"):  # of a process that was killed
                 left_over.unlink()
         self.trainer.strategy.barrier("finalised")

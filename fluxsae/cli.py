@@ -96,6 +96,8 @@ def _interrupted(what: str, arguments: list[str], signum: int) -> int:
 
 
 def _verify(folder: Path) -> int:
+    from fluxsae.shards.channels import describe_channels
+    from fluxsae.shards.read import ShardSet
     from fluxsae.shards.verify import verify
 
     if not folder.is_dir():
@@ -110,6 +112,8 @@ def _verify(folder: Path) -> int:
         problems = verify(shard_set)
         n_problems += len(problems)
         print(f"{shard_set}: {'whole' if not problems else f'{len(problems)} problems'}")
+        if not problems and (shards := ShardSet.open(shard_set)).metadata.kind == "tokens":
+            print(f"  {describe_channels(shards)}")
         for problem in problems:
             print(f"  {problem}")
         if problems:

@@ -33,7 +33,7 @@ from fluxsae.shards.format import (
     read_metadata,
     sample_key,
 )
-from fluxsae.shards.tar import File, Member, Tar, index_tar, open_tar
+from fluxsae.shards.tar import Member, Tar, index_tar, open_tar
 from fluxsae.spec import CaptureSpec, GenerationSpec
 
 _MAPS = 128
@@ -41,9 +41,9 @@ _MAPS = 128
 
 
 class Stored(NamedTuple):
-    """Where the tokens of an image are stored: a member that starts at `start` of `file`, and what lies in it."""
+    """Where the tokens of an image are stored: a member that starts at `start` of `tar`, and what lies in it."""
 
-    file: File
+    tar: Tar
     start: int
     layout: Layout
 
@@ -128,7 +128,7 @@ class ShardSet:
         except (ValueError, KeyError, TypeError) as error:
             raise self._damaged(shard, member.name, str(error)) from error
         self._check_shape(shard, member, layout.shape)
-        return Stored(self._tar(shard).file, member.start, layout)
+        return Stored(self._tar(shard), member.start, layout)
 
     def _check_shape(self, shard: int, member: Member, found: tuple[int, ...]) -> None:
         if found != self._token_shape:

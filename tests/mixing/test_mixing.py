@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,9 @@ from fluxsae.activations import ActivationData
 from fluxsae.mixing import WHOLE, MixedTokens, Part
 from fluxsae.mixing.memory import Recycled
 from fluxsae.mixing.order import draw_chunks
-from fluxsae.shards import ShardSet
+from fluxsae.shards import ShardSet, rows
 from fluxsae.shards.format import Storage
+from fluxsae.shards.read import Stored
 from fluxsae.shards.rows import Rows
 from tests.synthetic import token_shards
 
@@ -210,13 +213,37 @@ def test_a_shard_that_loses_its_end_while_it_is_read(tmp_path: Path, device: tor
 
 
 class Stingy:
-    """Reads seven bytes at a time, however many are asked for."""
+    """Has nothing in memory, and reads seven bytes at a time, however many are asked for."""
+
+    def mincore(self, address: int, n_bytes: int, pages: int) -> int:
+        ctypes.memset(pages, 0, -(-n_bytes // mmap.PAGESIZE))
+        return 0
 
     def preadv(self, fd: int, pieces: int, n: int, offset: int) -> int:
         address, size = (ctypes.c_uint64 * 2).from_address(pieces)
         read = os.pread(fd, min(size, 7), offset)
         ctypes.memmove(address, read, len(read))
         return len(read)
+
+
+@pytest.mark.parametrize("absent", [set(), {3, 7, 23}, set(range(24))])
+def test_images_come_from_memory_or_from_the_file(
+    shards: ShardSet, absent: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached, mapped = rows._cached, []
+
+    def sometimes(stored: Stored, offset: int, size: int) -> Any:
+        found = cached(stored, offset, size)
+        assert found is not None  # the set was written a moment ago
+        mapped.append(stored.start)
+        return None if (stored.tar.file.path, stored.start) in places else found
+
+    places = [(stored.tar.file.path, stored.start) for stored in map(shards.stored_tokens, absent)]
+    monkeypatch.setattr(rows, "_cached", sometimes)
+    data = MixedTokens(shards, range(24), batch_size=40, seed=3)
+    data.epoch = 1
+    found = torch.cat([batch.decoded() for batch in data])
+    assert torch.equal(found, plain_order(shards, 24, 1024)) and len(mapped) >= 24
 
 
 @pytest.mark.parametrize("device", DEVICES)

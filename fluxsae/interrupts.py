@@ -129,6 +129,7 @@ class StopsWhereItCanGoOn(Callback):
     def _stop_all(self, signum: int, _: FrameType | None) -> None:
         launcher = self._trainer.strategy.launcher
         if launcher is not None:
+            _spare_this_process()
             launcher.kill(signal.SIGTERM)
         raise Interrupted(signum)
 
@@ -205,6 +206,14 @@ def _ask_nobody() -> None:
 
 def _stop(signum: int, _: FrameType | None) -> None:
     raise Interrupted(signum)
+
+
+def _spare_this_process() -> None:
+    """Every five seconds Lightning looks whether a process that it started has ended with a code, and if so kills all,
+    this one in the middle of what it saves. From here on they are ended by us."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -109,7 +109,7 @@ def test_an_unknown_spec_is_accepted(study: Study) -> None:
 
 def test_a_score_that_is_no_number_is_refused(study: Study) -> None:
     stored = study.tokens.stored_tokens(7)
-    with stored.file.path.open("rb+") as file:
+    with stored.tar.file.path.open("rb+") as file:
         file.seek(stored.start + stored.layout.tokens)
         file.write(b"\xc0\x7f")  # NaN in bf16
     with pytest.raises(FloatingPointError, match=r"image 7 in .*shard-\d+.tar .*site .*, step .*delete that file"):

@@ -111,9 +111,7 @@ class SAEScoring(LightningModule):
         plain = PlainPooling(self.sae)
         expected = plain.pool(tokens).scores
         off, length = float((self(tokens).scores - expected).norm()), float(expected.norm())
-        if (
-            isfinite(length) and not off <= 0.1 * length
-        ):  # equal pre-activations, either of them kept, and bf16 make less
+        if isfinite(length) and not off <= 0.1 * length:  # rounding, and which of equal codes is kept, make less
             _logger.warning(
                 f"scoring goes on by PyTorch: fused scores are off by {off:.3g} of {length:.3g} on this GPU; "
                 "please report this."

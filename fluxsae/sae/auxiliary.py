@@ -15,13 +15,14 @@ from torch import Tensor
 from fluxsae.sae.coder import SAE
 from fluxsae.sae.kernels import columns, selection
 from fluxsae.sae.kernels.row_updates import Auxiliary
+from fluxsae.sae.kernels.scalars import Weighed
 
 _BUCKET = 128
 """The features' number is rounded up to this, so that few recorded graphs serve all numbers of dead features."""
 
 
 class AuxiliaryLoss(NamedTuple):
-    """The loss a channel, the encoder bias's whole gradient, and gradients of encoder and decoder rows."""
+    """The whole loss a channel, the encoder bias's whole gradient, and gradients of encoder and decoder rows."""
 
     loss: Float[Tensor, ""]
     bias: Float[Tensor, "F"]
@@ -85,16 +86,16 @@ class AuxiliaryPass:
         codes: Float[Tensor, "N A"] | None,
         x: Float[Tensor, "N D"],
         error: Float[Tensor, "N D"],
-        weights: Float[Tensor, "N"],
+        weighed: Weighed,
         rows: Float[Tensor, "F D"],
         row_scale: Float[Tensor, "F"],
         along: Float[Tensor, "F"],
         bias: Float[Tensor, "F"],
     ) -> AuxiliaryLoss:
-        """Of `error` = weights · (recon - x). Adds the decoder gradient along its rows to `along`."""
-        dead = self._dead
+        """Of `error` = weights · (recon - x), whose loss it joins. Adds the gradient along decoder rows to `along`."""
+        dead, weights = self._dead, weighed.weights
         if codes is None or dead is None:
-            return AuxiliaryLoss(torch.zeros((), device=error.device), bias, None, None)
+            return AuxiliaryLoss(weighed.loss, bias, None, None)
         chosen = (rows[dead.features] * row_scale[dead.features, None]).to(codes.dtype)
         miss = torch.addcmul(error, codes @ chosen, weights.to(error.dtype)[:, None])
         square = torch.empty(len(miss), device=miss.device)
@@ -102,7 +103,7 @@ class AuxiliaryPass:
         slopes = miss @ chosen.T
         sums = columns.mask_slopes(codes, slopes, torch.zeros((), device=miss.device)) * self.coef
         along.index_add_(0, dead.features, sums[0])
-        loss = self.coef * (square / weights).mean() / self.d_in
+        loss = weighed.loss + self.coef * (square / weights).mean() / self.d_in
         enc, dec = (torch.mm(a.T, b).mul_(self.coef) for a, b in ((slopes, x), (codes, miss)))
         bias = bias.index_add(0, dead.features, sums[1])
         return AuxiliaryLoss(loss, bias, Auxiliary(dead.row_of, enc), Auxiliary(dead.row_of, dec))

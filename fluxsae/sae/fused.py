@@ -173,13 +173,11 @@ class FusedStep:
         squares = values.new_empty(len(slopes), n)
         decoding.explain(values, indices, self.dec_low, self.row_scale, self.x, error, slopes, squares)
         weighed = self._weigh(error, squares)
-        weights = weighed.weights
-        lists = feature_lists.list_by_feature(values, indices, slopes, weights, sae.n_features)
+        lists = feature_lists.list_by_feature(values, indices, slopes, weighed.weights, sae.n_features)
         along, bias = torch.empty(2, sae.n_features, device=pre.device).unbind()
         row_updates.feature_sums(lists, along, bias)
-        aux = self._explain_dead(self._aux.codes(pre, sae.b_enc), error, weights, along, bias)
-        loss = weighed.loss + aux.loss if aux.enc is not None else weighed.loss
-        outcome = Outcome(loss, weighed.mse, lists.counts, n)
+        aux = self._explain_dead(self._aux.codes(pre, sae.b_enc), error, weighed, along, bias)
+        outcome = Outcome(aux.loss, weighed.mse, lists.counts, n)
         return _Found(outcome, error, along, bias, aux, lists=lists)
 
     def _forward_dense(self) -> _Found:
@@ -201,8 +199,8 @@ class FusedStep:
         weighed = self._weigh(error, squares)
         torch.mm(error, self.dec_low.T, out=slopes)
         along, bias, fired, total = columns.mask_slopes(codes, slopes, self.penalty).unbind()
-        aux = self._explain_dead(aux_codes, error, weighed.weights, along, bias)
-        loss = weighed.loss + aux.loss if aux.enc is not None else weighed.loss
+        aux = self._explain_dead(aux_codes, error, weighed, along, bias)
+        loss = aux.loss
         if isinstance(sae, L1):
             loss = scalars.add_penalty(loss, total, self.penalty, 2 / (n * sae.d_in))
         outcome = Outcome(loss, weighed.mse, fired, n)
@@ -215,9 +213,9 @@ class FusedStep:
         return weighed
 
     def _explain_dead(
-        self, codes: Tensor | None, error: Tensor, weights: Tensor, along: Tensor, bias: Tensor
+        self, codes: Tensor | None, error: Tensor, weighed: scalars.Weighed, along: Tensor, bias: Tensor
     ) -> AuxiliaryLoss:
-        return self._aux.loss(codes, self.x, error, weights, self.dec_low, self.row_scale, along, bias)
+        return self._aux.loss(codes, self.x, error, weighed, self.dec_low, self.row_scale, along, bias)
 
     def _update(self, states: _States) -> None:
         found, sae, n = self._found, self.sae, len(self.x)

@@ -22,10 +22,11 @@ from fluxsae.storage import hash_json, naming, put_in_place, read_json, sealed, 
 
 
 class Kept(NamedTuple):
-    """What is whole of a shard: so many bytes, and the images in them."""
+    """What is whole of a shard: so many bytes, the images in them, and their hash so far."""
 
     n_bytes: int
     images: list[int]
+    hash: hashlib._Hash
 
 
 class Done(NamedTuple):
@@ -53,7 +54,7 @@ class OpenShard:
             path.parent.mkdir(parents=True, exist_ok=True)
             if kept is None:
                 _record_of(path).unlink(missing_ok=True)  # before the bytes that it tells of go
-            self._file = _Hashed(_part_of(path), kept.n_bytes if kept is not None else 0)
+            self._file = _Hashed(_part_of(path), kept)
             self._tar = _Appending(self._file)
 
     def add(self, record: SampleRecord, extension: str, data: bytes) -> None:
@@ -99,10 +100,11 @@ def kept(path: Path, of: Mapping[str, Any]) -> Kept | None:
         if values["of"] != hash_json(of):
             return None
         n_bytes, images = int(values["bytes"]), [int(image) for image in values["images"]]
-        whole = _sha256(_part_of(path), n_bytes) == values["sha256"]
+        found = _hash_of(_part_of(path), n_bytes)
+        whole = found.hexdigest() == values["sha256"]
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    return Kept(n_bytes, images) if whole else None
+    return Kept(n_bytes, images, found) if whole else None
 
 
 def payloads(path: Path, of_images: Kept, extension: str) -> list[bytearray]:
@@ -123,15 +125,14 @@ class _Appending(TarWriter):
 
 
 class _Hashed:
-    """A file that hashes what is written to it; behind the first `n_kept` bytes, which stay."""
+    """A file that hashes what is written to it, behind what is kept."""
 
-    def __init__(self, path: Path, n_kept: int) -> None:
-        self._hash = hashlib.sha256()
-        self._file: BinaryIO = path.open("rb+" if n_kept else "wb")
-        if n_kept:
-            self._file.truncate(n_kept)
-            while block := self._file.read(1 << 20):
-                self._hash.update(block)
+    def __init__(self, path: Path, kept: Kept | None) -> None:
+        self._hash = kept.hash.copy() if kept is not None else hashlib.sha256()
+        self._file: BinaryIO = path.open("wb" if kept is None else "rb+")
+        if kept is not None:
+            self._file.truncate(kept.n_bytes)
+            self._file.seek(kept.n_bytes)
 
     def write(self, data: bytes) -> int:
         self._hash.update(data)
@@ -151,17 +152,13 @@ class _Hashed:
         self._file.close()
 
 
-def _sha256(path: Path, n_bytes: int) -> str | None:
-    """Of the first so many bytes; None when there are fewer."""
+def _hash_of(path: Path, n_bytes: int) -> hashlib._Hash:
+    """Of the first so many bytes, or of all where there are fewer."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while n_bytes > 0:
-            block = file.read(min(n_bytes, 1 << 20))
-            if not block:
-                return None
+        while block := file.read(min(n_bytes - file.tell(), 1 << 20)):
             digest.update(block)
-            n_bytes -= len(block)
-    return digest.hexdigest()
+    return digest
 
 
 def _part_of(path: Path) -> Path:

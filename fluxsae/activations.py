@@ -102,6 +102,7 @@ class ActivationData(LightningDataModule):
         self.device_buffer = device_buffer
         self.only = only
         self.feed = Feed()
+        self._mixed: MixedTokens | None = None
 
     @cached_property
     def shard_set(self) -> ShardSet:
@@ -138,6 +139,11 @@ class ActivationData(LightningDataModule):
                     f"of {self.shards}; use fewer processes or capture more prompts."
                 )
 
+    def teardown(self, stage: str) -> None:
+        """Give up what was read for an epoch that does not come."""
+        if self._mixed is not None:
+            self._mixed.close()
+
     def train_dataloader(self) -> DataLoader[Rows]:
         """The training tokens as they are stored, which `on_after_batch_transfer` decodes."""
         if self.trainer is not None:
@@ -153,7 +159,9 @@ class ActivationData(LightningDataModule):
             readers=self.readers or (2 if device is None else 8),
             device=device,
             feed=self.feed,
+            last_epoch=self._last_epoch,
         )
+        self._mixed = tokens
         return _ResumableLoader(
             tokens, progress=self._progress, pin_memory=device is None and torch.cuda.is_available()
         )
@@ -189,6 +197,13 @@ class ActivationData(LightningDataModule):
             return WHOLE
         processes = Processes.of(self.trainer)
         return Part(processes.rank, processes.n)
+
+    @property
+    def _last_epoch(self) -> int | None:
+        """The last that the Trainer may come to, counted from 0; None where it may go on for ever."""
+        if self.trainer is None:
+            return 0
+        return None if self.trainer.max_epochs in (None, -1) else self.trainer.max_epochs - 1
 
     @property
     def _device(self) -> torch.device | None:

@@ -7,7 +7,7 @@ Legend: B batch, N tokens of a chunk, T tokens an image, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -20,8 +20,8 @@ from fluxsae.mixing.memory import threads
 from fluxsae.mixing.order import Chunk
 from fluxsae.shards.rows import RowReader, Rows
 
-_SLOT = 2**24
-"""Bytes of a slot, about: enough for a copy at full speed, few enough for the ring to stay in the processor's cache."""
+_SLOT = 2**25
+"""Bytes of a slot, about: enough for what the interpreter does about it not to matter, beside a training as well."""
 
 
 class Slot(NamedTuple):
@@ -37,6 +37,7 @@ class Filling(NamedTuple):
     rows: Rows
     order: Int64[Tensor, "N"]
     reads: list[Future[None]]
+    ends_epoch: bool
 
 
 class DeviceMixing:
@@ -60,8 +61,11 @@ class DeviceMixing:
         """The device memory that it takes, but for the batches."""
         return 2 * self.reader.format.n_bytes(self.n_images * self.reader.n_tokens)
 
-    def batches(self, chunks: Iterator[Chunk]) -> Iterator[Rows]:
-        """The tokens of all chunks in batches [B, D]; the last may be smaller. ValueError for a damaged shard."""
+    def batches(self, chunks: Iterator[Chunk]) -> Generator[Rows | None]:
+        """The tokens of all chunks in batches [B, D], and None behind an epoch's last, which may be smaller.
+
+        ValueError for a damaged shard.
+        """
         ring = Ring(self.reader, self.images_per_slot, self.n_readers + 2, self.device)
         pieces = [self._piece() for _ in range(2)]
         try:
@@ -95,11 +99,11 @@ class DeviceMixing:
             begin = i * self.reader.n_tokens
             rows = piece.part(begin, begin + len(images) * self.reader.n_tokens)
             reads.append(readers.submit(ring.carry, images, rows))
-        return Filling(piece, order, reads)
+        return Filling(piece, order, reads, chunk.ends_epoch)
 
-    def _gathered(self, fillings: Iterable[Filling]) -> Iterator[Rows]:
+    def _gathered(self, fillings: Iterable[Filling]) -> Iterator[Rows | None]:
         waiting: Rows | None = None
-        for rows, order, _ in fillings:
+        for rows, order, _, ends_epoch in fillings:
             begin, end = 0, self.batch_size - (0 if waiting is None else len(waiting.tokens))
             while end <= len(order):
                 new = rows.taken(order[begin:end])
@@ -107,8 +111,11 @@ class DeviceMixing:
                 waiting, begin, end = None, end, end + self.batch_size
             rest = rows.taken(order[begin:])
             waiting = rest if waiting is None else waiting.followed_by(rest)
-        if waiting is not None and len(waiting.tokens):
-            yield waiting
+            if ends_epoch:
+                if len(waiting.tokens):
+                    yield waiting
+                waiting = None
+                yield None
 
     def _piece(self) -> Rows:
         n = self.n_images * self.reader.n_tokens
@@ -137,7 +144,7 @@ class Ring:
         """Read `images` and send them to `rows`, in order; waits where all slots are on their way."""
         slot = self._slots.get()
         try:
-            if slot.arrival is not None:
+            if slot.arrival is not None and not slot.arrival.query():
                 slot.arrival.synchronize()
             part = slot.rows.part(0, len(rows.tokens))
             self.reader.read_in_order(images, part)

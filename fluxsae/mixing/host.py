@@ -7,7 +7,7 @@ Legend: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -48,28 +48,33 @@ class HostMixing:
         self.images_per_task = max(1, _TASK // reader.format.n_bytes(reader.n_tokens))
         self._pieces = Recycled(reader.format.n_bytes(n_images * reader.n_tokens + batch_size), 2)
 
-    def batches(self, chunks: Iterator[Chunk]) -> Iterator[Rows]:
-        """The tokens of all chunks in batches [B, D]; the last may be smaller. ValueError for a damaged shard."""
+    def batches(self, chunks: Iterator[Chunk]) -> Generator[Rows | None]:
+        """The tokens of all chunks in batches [B, D], and None behind an epoch's last, which may be smaller.
+
+        ValueError for a damaged shard.
+        """
         with threads(self.n_readers) as readers:
             yield from self._batches(chunks, readers)
 
-    def _batches(self, chunks: Iterator[Chunk], readers: ThreadPoolExecutor) -> Iterator[Rows]:
+    def _batches(self, chunks: Iterator[Chunk], readers: ThreadPoolExecutor) -> Iterator[Rows | None]:
         chunk, rest = next(chunks, None), None
         ahead = None if chunk is None else self._fill(chunk, rest, readers)
         while ahead is not None:
-            chunk = next(chunks, None)  # drawn while the last one is being read
+            assert chunk is not None
+            ends_epoch, chunk = chunk.ends_epoch, next(chunks, None)  # drawn while the last one is being read
             rows, ahead = ahead.wait(), None
-            n = len(rows.tokens) // self.batch_size * self.batch_size
-            rest = rows.part(n, len(rows.tokens))
+            n_batched = len(rows.tokens) // self.batch_size * self.batch_size
+            rest = None if ends_epoch else rows.part(n_batched, len(rows.tokens))
+            n = len(rows.tokens) if ends_epoch else n_batched
             for begin in range(0, n, self.batch_size):
                 # The other piece is free when the last batch of it is dropped, which is after the first of this one.
                 if ahead is None and chunk is not None and self._pieces.has_room():
                     ahead = self._fill(chunk, rest, readers)
-                yield rows.part(begin, begin + self.batch_size)
+                yield rows.part(begin, min(begin + self.batch_size, n))
             if ahead is None and chunk is not None:
                 ahead = self._fill(chunk, rest, readers)
-        if rest is not None and len(rest.tokens):
-            yield rest
+            if ends_epoch:
+                yield None
 
     def _fill(self, chunk: Chunk, rest: Rows | None, readers: ThreadPoolExecutor) -> Filling:
         """Begin to read a chunk; what did not fill a batch of the last one goes before it."""

@@ -33,6 +33,7 @@ class Chunk(NamedTuple):
     images: list[int]
     order: Int64[Tensor, "N"]
     n_skipped: int
+    ends_epoch: bool
 
 
 def draw_chunks(
@@ -57,7 +58,8 @@ def draw_chunks(
         some = mine[start : start + images_at_once]
         order = torch.randperm(len(some) * n_tokens, generator=generator)
         if n_skipped < len(order):
-            yield Chunk(sorted(some), _when_sorted(some, order, n_tokens), n_skipped)
+            is_last = start + images_at_once >= len(mine)
+            yield Chunk(sorted(some), _when_sorted(some, order, n_tokens), n_skipped, is_last)
         n_skipped = max(0, n_skipped - len(order))
 
 

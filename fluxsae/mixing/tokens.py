@@ -6,15 +6,16 @@ Legend: B batch, D width.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fluxsae.mixing.device import DeviceMixing
 from fluxsae.mixing.host import HostMixing
-from fluxsae.mixing.order import WHOLE, Part, draw_chunks
+from fluxsae.mixing.order import WHOLE, Chunk, Part, draw_chunks
 from fluxsae.shards.read import ShardSet
 from fluxsae.shards.rows import RowReader, Rows
 
@@ -27,6 +28,13 @@ class Feed:
         self.waited = 0.0
 
 
+class _Coming(NamedTuple):
+    """The batches from an epoch on, some of which may have been read already."""
+
+    epoch: int
+    batches: Generator[Rows | None]
+
+
 class MixedTokens(IterableDataset[Rows]):
     """Batches [B, D] of training tokens as they are stored, each once an epoch, in an order that (seed, epoch) decides.
 
@@ -36,6 +44,9 @@ class MixedTokens(IterableDataset[Rows]):
 
     How many threads read, and whether tokens are mixed on a `device` or (None) in host memory, leaves the order as it
     is. In host memory a batch is a view: it must not be written to.
+
+    While an epoch's last images are handed out, the first of the next one are read, up to `last_epoch` or (None)
+    without end; `close` gives those up, with the threads and the memory on the device.
     """
 
     def __init__(
@@ -50,6 +61,7 @@ class MixedTokens(IterableDataset[Rows]):
         readers: int = 2,
         device: torch.device | None = None,
         feed: Feed | None = None,
+        last_epoch: int | None = 0,
     ) -> None:
         self.shards = shards
         self.images = list(images)
@@ -60,9 +72,11 @@ class MixedTokens(IterableDataset[Rows]):
         self.readers = readers
         self.device = device
         self.feed = Feed() if feed is None else feed
+        self.last_epoch = last_epoch
         self.epoch = 0
         self.n_skipped = 0
         self._mixing: HostMixing | DeviceMixing | None = None
+        self._coming: _Coming | None = None
 
     def __len__(self) -> int:
         # The smallest process's count, at which all stop.
@@ -72,16 +86,54 @@ class MixedTokens(IterableDataset[Rows]):
         """The batches of `epoch` behind the first `n_skipped`; what those alone need is not read."""
         if get_worker_info() is not None:
             raise ValueError(f"MixedTokens reads with {self.readers} threads of its own; load it without workers.")
-        chunks = draw_chunks(
-            self.images,
-            self.shards.spec.n_tokens,
-            images_at_once=self.buffer_images,
-            seed=self.seed,
-            epoch=self.epoch,
-            part=self.part,
-            n_skipped=self.n_skipped * self.batch_size,
-        )
-        return self._timed(islice(self.mixing.batches(chunks), len(self) - self.n_skipped))
+        return self._timed(self._one_epoch(len(self) - self.n_skipped))
+
+    def close(self) -> None:
+        """Give up what has been read for the next epoch."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            coming.batches.close()
+
+    def _one_epoch(self, n_batches: int) -> Generator[Rows]:
+        """The batches of `epoch` behind the first `n_skipped`; with several processes there may be one too many."""
+        if n_batches <= 0:
+            return
+        epoch = self.epoch
+        if self._coming is None or self._coming.epoch != epoch or self.n_skipped:
+            self.close()
+            self._coming = _Coming(epoch, self.mixing.batches(self._chunks(epoch, self.n_skipped)))
+        coming, self._coming = self._coming, None
+        n_given = 0
+        try:
+            while n_given < n_batches and (batch := next(coming.batches, None)) is not None:
+                n_given += 1
+                yield batch
+        finally:  # whoever has counted the batches asks for none behind the last
+            if n_given == n_batches and not self._is_last(epoch):
+                while next(coming.batches, None) is not None:
+                    pass
+                self._coming = _Coming(epoch + 1, coming.batches)
+            else:
+                coming.batches.close()
+
+    def _chunks(self, epoch: int, n_skipped: int) -> Iterator[Chunk]:
+        """Those of an epoch, but for the first `n_skipped` batches, and of all that follow it."""
+        while True:
+            yield from draw_chunks(
+                self.images,
+                self.shards.spec.n_tokens,
+                images_at_once=self.buffer_images,
+                seed=self.seed,
+                epoch=epoch,
+                part=self.part,
+                n_skipped=n_skipped * self.batch_size,
+            )
+            if self._is_last(epoch):
+                return
+            epoch, n_skipped = epoch + 1, 0
+
+    def _is_last(self, epoch: int) -> bool:
+        return self.last_epoch is not None and epoch >= self.last_epoch
 
     @property
     def mixing(self) -> HostMixing | DeviceMixing:
@@ -95,13 +147,14 @@ class MixedTokens(IterableDataset[Rows]):
                 self._mixing = DeviceMixing(reader, n_images, self.batch_size, self.readers, self.device)
         return self._mixing
 
-    def _timed(self, batches: Iterator[Rows]) -> Iterator[Rows]:
+    def _timed(self, batches: Generator[Rows]) -> Iterator[Rows]:
         row_bytes = self.mixing.reader.format.row_bytes
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            self.feed.waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            self.feed.n_bytes += len(batch.tokens) * row_bytes
-            yield batch
+        with closing(batches):
+            while True:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                self.feed.waited += time.perf_counter() - asked
+                if batch is None:
+                    return
+                self.feed.n_bytes += len(batch.tokens) * row_bytes
+                yield batch

@@ -130,6 +130,10 @@ class ShardSet:
         self._check_shape(shard, member, layout.shape)
         return Stored(self._tar(shard), member.start, layout)
 
+    def tar_of(self, image: int) -> Tar:
+        """The open shard that holds an image."""
+        return self._tar(bisect_right(self._first, image) - 1)
+
     def _check_shape(self, shard: int, member: Member, found: tuple[int, ...]) -> None:
         if found != self._token_shape:
             raise self._damaged(

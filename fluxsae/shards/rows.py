@@ -1,7 +1,8 @@
 """Reads the tokens of whole images as they are stored, each row to its own place in memory: one copy.
 
 What the page cache holds is copied from a map of it, which costs two thirds of a read. What it does not hold is read: a
-disk that fails then ends in an error, where a map would end the process.
+disk that fails then ends in an error, where a map would end the process. Beside a busy interpreter it is calls that
+count, as a thread waits for its turn after each: images in order are copied by one call.
 Legend: N rows of memory, M some of them, I images, T tokens an image, D width, P pieces of memory that one image fills.
 """
 
@@ -27,6 +28,12 @@ _libc.preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_i
 _libc.preadv.restype = ctypes.c_ssize_t
 if _TELLS := hasattr(_libc, "mincore"):
     _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
+if _COPIES := _TELLS and hasattr(_libc, "process_vm_readv"):
+    _pieces_of_memory = (ctypes.c_void_p, ctypes.c_ulong)
+    _libc.process_vm_readv.argtypes = [ctypes.c_int, *_pieces_of_memory, *_pieces_of_memory, ctypes.c_ulong]
+    _libc.process_vm_readv.restype = ctypes.c_ssize_t
+    _short = ctypes.PyDLL(None)  # for calls too short to let other threads go on meanwhile
+    _short.mincore.argtypes = _libc.mincore.argtypes
 _PAGE = os.sysconf("SC_PAGESIZE")
 _MOST = os.sysconf("SC_IOV_MAX")
 """Pieces of memory that one call can fill."""
@@ -101,7 +108,9 @@ class RowReader:
     def __init__(self, shards: ShardSet) -> None:
         self.shards = shards
         self.n_tokens = shards.spec.n_tokens
-        self.format = _format(shards.stored_tokens(0).layout)
+        self._layout = shards.stored_tokens(0).layout
+        self.format = _format(self._layout)
+        self._starts = np.full(len(shards), -1)  # of images that are laid out so, where that is known
         self._lock = threading.Lock()
 
     def read(self, images: Sequence[int], rows: Rows, places: Int64[np.ndarray, "I T"]) -> None:
@@ -127,9 +136,13 @@ class RowReader:
     def read_in_order(self, images: Sequence[int], rows: Rows) -> None:
         """The tokens of several images, one after the other; ValueError as from `read`."""
         found = [self._find(image) for image in images]
-        self._fill(images, found, _whole(rows.tokens.view(len(images), -1)))
-        if rows.scale is not None:
-            self._fill_scale(images, found, rows.scale.view(len(images), -1))
+        pieces = _whole(rows.tokens.view(len(images), -1))
+        scale = None if rows.scale is None else rows.scale.view(len(images), -1)
+        if _copied(found, pieces, None if scale is None else _whole(scale)):
+            return
+        self._fill(images, found, pieces)
+        if scale is not None:
+            self._fill_scale(images, found, scale)
 
     def _fill(self, images: Sequence[int], found: Sequence[Stored], pieces: UInt64[np.ndarray, "I P 2"]) -> None:
         self._check(images, _scatter(found, [stored.layout.tokens for stored in found], pieces))
@@ -144,9 +157,14 @@ class RowReader:
 
     def _find(self, image: int) -> Stored:
         with self._lock:  # the set's maps and indices are not made for several threads
+            start = int(self._starts[image])
+            if start >= 0:
+                return Stored(self.shards.tar_of(image), start, self._layout)
             stored = self.shards.stored_tokens(image)
         if _format(stored.layout) != self.format:
             raise self.shards.damaged(image, f"its tokens are {stored.layout.dtype}, expected {self.format.dtype}")
+        if stored.layout == self._layout:
+            self._starts[image] = stored.start
         return stored
 
 
@@ -166,6 +184,52 @@ def _cached(stored: Stored, offset: int, size: int) -> UInt8[np.ndarray, "B"] | 
     if _libc.mincore(first, n_bytes, pages.ctypes.data) != 0 or not (pages & 1).all():
         return None
     return mapped
+
+
+def _copied(
+    found: Sequence[Stored], tokens: UInt64[np.ndarray, "I 1 2"], scale: UInt64[np.ndarray, "I 1 2"] | None
+) -> bool:
+    """Copy what images hold to their pieces from the maps; False where not all seem to be in memory, or were copied.
+
+    Images ascend. The kernel copies, for which what a map does not have after all is no fault but an end.
+    """
+    ends = {stored.tar.file.fd: stored.start + _end(stored.layout) for stored in found}  # of the last in each
+    if not _COPIES or any(os.fstat(fd).st_size < end for fd, end in ends.items()):
+        return False
+    address = np.array([stored.tar.address + stored.start + stored.layout.tokens for stored in found], np.uint64)
+    size = int(tokens[0, 0, 1])
+    if not all(_is_in_memory(one + size // 2) for one in address.tolist()):
+        return False
+    sources, targets = [_sized(address, size)], [tokens[:, 0]]
+    if scale is not None:
+        apart = np.array([(stored.layout.scale or 0) - stored.layout.tokens for stored in found])
+        sources.append(_sized(address + apart.astype(np.uint64), int(scale[0, 0, 1])))
+        targets.append(scale[:, 0])
+    source, target = np.concatenate(sources), np.concatenate(targets)
+    for i in range(0, len(source), _MOST):
+        n = min(_MOST, len(source) - i)
+        read = _libc.process_vm_readv(os.getpid(), target.ctypes.data + 16 * i, n, source.ctypes.data + 16 * i, n, 0)
+        if read != source[i : i + n, 1].sum():
+            return False
+    return True
+
+
+def _sized(addresses: UInt64[np.ndarray, "N"], size: int) -> UInt64[np.ndarray, "N 2"]:
+    """Pieces of memory of one size, as struct iovec."""
+    return np.stack([addresses, np.full_like(addresses, size)], axis=1)
+
+
+def _end(layout: Layout) -> int:
+    """Where what is read of a member ends, from its start."""
+    n_tokens, width = layout.shape
+    end = layout.tokens + n_tokens * width * layout.dtype.itemsize
+    return end if layout.scale is None else max(end, layout.scale + 4 * n_tokens)
+
+
+def _is_in_memory(address: int) -> bool:
+    """Whether the page at this address of a map is."""
+    told = ctypes.c_ubyte(0)
+    return _short.mincore(address // _PAGE * _PAGE, _PAGE, ctypes.byref(told)) == 0 and bool(told.value & 1)
 
 
 def _pieces(rows: Tensor, places: Int64[np.ndarray, "I P"]) -> UInt64[np.ndarray, "I P 2"]:

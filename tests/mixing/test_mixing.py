@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import threading
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from fluxsae.mixing.order import draw_chunks
 from fluxsae.shards import ShardSet, rows
 from fluxsae.shards.format import Storage
 from fluxsae.shards.read import Stored
-from fluxsae.shards.rows import Rows
+from fluxsae.shards.rows import RowReader, Rows
 from tests.synthetic import token_shards
 
 CPU = torch.device("cpu")
@@ -37,10 +39,10 @@ def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return token_shards(tmp_path_factory.mktemp("tokens"), 12, 2, storage=request.param)
 
 
-def plain_order(shards: ShardSet, n_images: int, buffer_images: int, part: Part = WHOLE) -> Tensor:
+def plain_order(shards: ShardSet, n_images: int, buffer_images: int, part: Part = WHOLE, epoch: int = 1) -> Tensor:
     """The tokens in the order that the chunks tell, one after the other."""
     chunks = draw_chunks(
-        range(n_images), shards.spec.n_tokens, images_at_once=buffer_images, seed=3, epoch=1, part=part
+        range(n_images), shards.spec.n_tokens, images_at_once=buffer_images, seed=3, epoch=epoch, part=part
     )
     return torch.cat([shards.tokens_batch(chunk.images).flatten(0, 1)[chunk.order] for chunk in chunks])
 
@@ -82,6 +84,72 @@ def test_the_order_is_the_plain_one_however_it_is_read(
     assert len(batches) == len(data) - data.n_skipped
     for batch, wanted in zip(batches, expected[data.n_skipped :], strict=True):
         assert torch.equal(batch.decoded(), wanted)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n_images=st.integers(2, 24),
+    batch_size=st.integers(1, 100),
+    buffer_images=st.integers(1, 30),
+    rank=st.integers(0, 1),
+    on_device=st.booleans(),
+    n_skipped=st.integers(0, 5),
+    asks_behind_the_last=st.booleans(),
+    gives_up=st.booleans(),
+)
+def test_epochs_that_follow_each_other_are_those_alone(
+    shards: ShardSet,
+    n_images: int,
+    batch_size: int,
+    buffer_images: int,
+    rank: int,
+    on_device: bool,
+    n_skipped: int,
+    asks_behind_the_last: bool,
+    gives_up: bool,
+) -> None:
+    part, before = Part(rank, 2), threading.active_count()
+    data = MixedTokens(
+        shards,
+        range(n_images),
+        batch_size=batch_size,
+        buffer_images=buffer_images,
+        seed=3,
+        part=part,
+        device=CPU if on_device else None,
+        last_epoch=3,
+    )
+    for epoch in (1, 2, 2, 3):
+        data.epoch, data.n_skipped = epoch, min(n_skipped, len(data)) if epoch == 1 else 0
+        expected = plain_order(shards, n_images, buffer_images, part, epoch).split(batch_size)
+        expected = expected[data.n_skipped : len(data)]
+        if gives_up and epoch == 2:
+            expected = expected[: len(expected) // 2]
+        batches = list(data) if asks_behind_the_last else list(islice(data, len(expected)))
+        for batch, wanted in zip(batches, expected, strict=not (gives_up and asks_behind_the_last)):
+            assert torch.equal(batch.decoded(), wanted)
+    assert threading.active_count() == before  # nothing is read ahead of the last epoch
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_next_epoch_is_read_while_the_last_images_are_handed_out(
+    shards: ShardSet, device: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, read = threading.active_count(), []
+    find = RowReader._find
+    monkeypatch.setattr(RowReader, "_find", lambda reader, image: read.append(image) or find(reader, image))
+    data = MixedTokens(shards, range(24), batch_size=40, buffer_images=12, device=device, last_epoch=9)
+    batches = list(islice(data, len(data)))
+    data.epoch = 1
+    ahead = iter(data)
+    next(ahead)
+    assert len(batches) == len(data) and len(read) in range(36, 49)  # of two chunks a time
+    ahead.close()
+    assert threading.active_count() == before
+    data.epoch = 0
+    list(data)
+    data.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -154,8 +222,6 @@ def test_memory_is_used_again_when_its_last_batch_is_dropped() -> None:
 
 
 def test_an_epoch_that_is_given_up_leaves_no_thread_behind(shards: ShardSet) -> None:
-    import threading
-
     before = threading.active_count()
     batches = iter(MixedTokens(shards, range(24), batch_size=16, buffer_images=2))
     next(batches)
@@ -219,6 +285,9 @@ class Stingy:
         ctypes.memset(pages, 0, -(-n_bytes // mmap.PAGESIZE))
         return 0
 
+    def process_vm_readv(self, *_: Any) -> int:
+        return -1
+
     def preadv(self, fd: int, pieces: int, n: int, offset: int) -> int:
         address, size = (ctypes.c_uint64 * 2).from_address(pieces)
         read = os.pread(fd, min(size, 7), offset)
@@ -244,6 +313,23 @@ def test_images_come_from_memory_or_from_the_file(
     data.epoch = 1
     found = torch.cat([batch.decoded() for batch in data])
     assert torch.equal(found, plain_order(shards, 24, 1024)) and len(mapped) >= 24
+
+
+@pytest.mark.parametrize("absent", [False, True])
+def test_images_on_their_way_to_a_device_are_copied_by_one_call(
+    shards: ShardSet, absent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, read = [], []
+    copy, fill = rows._copied, RowReader._fill
+    monkeypatch.setattr(rows, "_copied", lambda *arguments: copied.append(copy(*arguments)) or copied[-1])
+    monkeypatch.setattr(RowReader, "_fill", lambda *arguments: read.append(fill(*arguments)))
+    if absent:
+        monkeypatch.setattr(rows, "_is_in_memory", lambda address: False)
+    data = MixedTokens(shards, range(24), batch_size=40, seed=3, device=CPU)
+    data.epoch = 1
+    found = torch.cat([batch.decoded() for batch in data])
+    assert torch.equal(found, plain_order(shards, 24, 1024))
+    assert copied == [not absent] and len(read) == int(absent)
 
 
 @pytest.mark.parametrize("device", DEVICES)

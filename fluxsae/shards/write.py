@@ -6,6 +6,7 @@ Legend: T tokens an image, D width.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from fluxsae.shards.format import (
 from fluxsae.shards.open_shard import Kept, OpenShard, kept, payloads
 from fluxsae.spec import CaptureSpec, GenerationSpec, differences
 from fluxsae.storage import read_json, remove_parts, sealed, unsealed, write_json
+
+_CACHED = 2**15
+"""Numbers that stay in a core's cache, 8 bytes each."""
 
 
 class ShardWriter:
@@ -106,18 +110,19 @@ class ShardWriter:
 
         ValueError for tokens that are not finite, or images out of order.
         """
-        tensor = payload if isinstance(payload, Tensor) else None
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        data = encode_tokens(payload, self.storage) if isinstance(payload, Tensor) else _encode_image(payload)
+        part = _sums(_decoded(data)) if self.kind == "tokens" else None
+        if part is not None and not math.isfinite(part.norms):
             where = f" at {self.spec.site}, step {self.spec.step}," if isinstance(self.spec, CaptureSpec) else ""
             raise ValueError(
                 f"the tokens of image {record.image} (prompt {record.prompt!r}){where} hold NaN or infinite values; "
                 "use a dtype with a wider range, such as bfloat16 or float32."
             )
-        data = encode_tokens(tensor, self.storage) if tensor is not None else _encode_image(payload)
         if shard not in self._open:
             self._begin(shard)
         self._open[shard].add(record, self._extension, data)
-        self._measure(shard, data)
+        if part is not None:
+            self._count(shard, part)
         self.n_bytes += len(data)
 
     def kept(self, shard: int) -> int:
@@ -183,12 +188,10 @@ class ShardWriter:
         self._sums.pop(shard, None)
         if there is not None and self.kind == "tokens":
             for data in payloads(path, there, TOKENS):
-                self._measure(shard, data)
+                self._count(shard, _sums(_decoded(data)))
 
-    def _measure(self, shard: int, data: bytes | bytearray) -> None:
-        if self.kind == "tokens":
-            part = _sums(decode_tokens(bytearray(data), 0, len(data)))
-            self._sums[shard] = merge([self._sums[shard], part]) if shard in self._sums else part
+    def _count(self, shard: int, part: Sums) -> None:
+        self._sums[shard] = merge([self._sums[shard], part]) if shard in self._sums else part
 
     def _read_sums(self, shard: int) -> tuple[ShardEntry | None, Sums | None]:
         try:
@@ -203,12 +206,23 @@ class ShardWriter:
             return None, None
 
 
+def _decoded(data: bytes | bytearray) -> Float[Tensor, "T D"]:
+    return decode_tokens(bytearray(data), 0, len(data))
+
+
 def _sums(tokens: Float[Tensor, "T D"]) -> Sums:
-    """In numpy, whose sums depend on no number of threads."""
-    x = tokens.double().numpy()
-    mean = x.mean(axis=0)
-    norms = np.sqrt((x * x).sum(axis=1))
-    return Sums(len(x), torch.from_numpy(mean), float(((x - mean) ** 2).sum()), float(norms.sum()))
+    """A few tokens at a time, which stay in a core's cache as float64; in numpy, as its sums depend on no threads."""
+    n = max(1, _CACHED // tokens.shape[1])
+    memory = np.empty((n, tokens.shape[1]))
+    parts = []
+    for some in tokens.split(n):
+        x = memory[: len(some)]
+        torch.from_numpy(x).copy_(some)
+        norms = np.sqrt(np.einsum("td,td->t", x, x)).sum()
+        mean = x.mean(axis=0)
+        x -= mean
+        parts.append(Sums(len(x), torch.from_numpy(mean), float(np.einsum("td,td->", x, x)), float(norms)))
+    return merge(parts)
 
 
 def _encode_image(image: Any) -> bytes:

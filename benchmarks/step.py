@@ -30,7 +30,7 @@ from torch.autograd import DeviceType
 from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
-from fluxsae.figures.style import BLUE, GREEN, MUTED, ORANGE, drawing
+from fluxsae.figures.style import BLUE, GREEN, INK, ORANGE, PINK, drawing
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.storage import whole_file
 from fluxsae.training import SAETraining
@@ -69,12 +69,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a step, of each of its kernels, and the most memory beside the batches, in GB."""
+    """Milliseconds a step, of each of its kernels, the most memory beside the batches, in GB, and codes above 0."""
 
     case: Case
     milliseconds: float
     spread: float
     gigabytes: float
+    l0: float
     kernels: dict[str, float]
 
     @property
@@ -107,9 +108,12 @@ class Resident:
 
 
 class Clock(Callback):
-    """Times `runs` of `every` steps after `warmup` steps, each from one idle device to the next; then profiles one."""
+    """Times `runs` of `every` steps after `warmup` steps, each from one idle device to the next; then profiles one.
 
-    def __init__(self, warmup: int, runs: int, every: int = 20) -> None:
+    In 50 steps a training logs once and counts its dead features once, for which alone it waits for the device.
+    """
+
+    def __init__(self, warmup: int, runs: int, every: int = 50) -> None:
         self.warmup = warmup
         self.runs = runs
         self.every = every
@@ -175,8 +179,8 @@ def training(case: Case, folder: Path) -> SAETraining:
     return module
 
 
-def measure(case: Case, runs: int, warmup: int = 60) -> Timing:
-    """The median over runs of 20 steps, their spread, the memory, and the kernels of a step."""
+def measure(case: Case, runs: int, warmup: int) -> Timing:
+    """The median over runs of 50 steps, their spread, the memory, and the kernels of a step."""
     torch.cuda.empty_cache()
     tokens = synthetic_tokens(case)
     torch.cuda.reset_peak_memory_stats()
@@ -197,17 +201,19 @@ def measure(case: Case, runs: int, warmup: int = 60) -> Timing:
         trainer.fit(training(case, Path(folder)), Resident(tokens, clock.n_steps))
     gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
     times = clock.milliseconds
-    return Timing(case, median(times), max(times) - min(times), gigabytes, clock.kernels)
+    l0 = float(trainer.callback_metrics["train/l0"])
+    return Timing(case, median(times), max(times) - min(times), gigabytes, l0, clock.kernels)
 
 
 def head() -> str:
     """The first lines of a Markdown table of steps and their parts."""
-    columns = ["SAE", "ms a step", "M tokens/s", "GB", *PARTS, "other"]
+    columns = ["SAE", "ms a step", "M tokens/s", "GB", "L0", *PARTS, "other"]
     return _line(columns) + "\n" + _line(["---"] * len(columns))
 
 
 def row(one: Timing) -> str:
     numbers = [f"{one.milliseconds:.2f} ± {one.spread / 2:.2f}", f"{one.tokens:.2f}", f"{one.gigabytes:.2f}"]
+    numbers.append(f"{one.l0:.0f}")
     return _line([one.case.name, *numbers, *(f"{one.parts.get(part, 0):.2f}" for part in (*PARTS, "other"))])
 
 
@@ -236,7 +242,7 @@ def grow(runs: int) -> dict[str, list[Timing]]:
         for value in values:
             sizes: dict[str, Any] = {"k": 32, size: value}
             case = Case(**sizes)
-            one = measured.get(case) or measure(case, runs, warmup=20)
+            one = measured.get(case) or measure(case, runs, warmup=50)
             measured[case] = one
             timings[size].append(one)
             numbers = (f"{one.milliseconds:.2f}", f"{one.tokens:.2f}", f"{one.gigabytes:.1f}")
@@ -246,20 +252,25 @@ def grow(runs: int) -> dict[str, list[Timing]]:
 
 def draw_growth(path: Path, growth: dict[str, list[Timing]]) -> None:
     """The step and its parts against each size, both on logarithmic axes."""
-    shown = dict(zip(SHOWN, (BLUE, ORANGE, GREEN, "#cc79a7"), strict=True))
+    shown = dict(zip(SHOWN, (BLUE, ORANGE, GREEN, PINK), strict=True))
     labels = {"n_features": "features F", "d_in": "width D", "k": "kept k", "batch": "tokens a batch"}
-    with drawing(path, 11, 7) as figure:
-        for axes, (size, timings) in zip(figure.subplots(2, 2).ravel(), growth.items(), strict=True):
+    ticks = (0.1, 0.3, 1, 3, 10)
+    with drawing(path, 11, 7.5) as figure:
+        for axes, (size, timings) in zip(figure.subplots(2, 2, sharey=True).ravel(), growth.items(), strict=True):
             values = [getattr(one.case, size) for one in timings]
-            axes.loglog(values, [one.milliseconds for one in timings], color=MUTED, lw=2.5, marker="o", label="step")
+            axes.loglog(values, [one.milliseconds for one in timings], color=INK, lw=2.5, marker="o", label="step")
             for part, colour in shown.items():
-                axes.loglog(values, [max(one.parts.get(part, 0), 1e-3) for one in timings], color=colour, label=part)
+                there = [
+                    (value, one.parts[part]) for value, one in zip(values, timings, strict=True) if part in one.parts
+                ]
+                axes.loglog(*zip(*there, strict=True), color=colour, marker=".", label=part)
             axes.set_xlabel(labels[size])
             axes.set_ylabel("ms")
-            axes.set_ylim(bottom=0.02)
             axes.set_xticks(values, [f"{value:,}" for value in values], rotation=30, ha="right")
+            axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.minorticks_off()
-        axes.legend(fontsize=8)
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names))
 
 
 def main() -> None:
@@ -277,7 +288,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {sizes}\n\n{head()}", flush=True)
     timings = []
     for case in cases:
-        timings.append(measure(case, options.runs))
+        timings.append(measure(case, options.runs, options.warmup))
         print(row(timings[-1]), flush=True)
     growth = grow(max(1, options.runs // 4)) if options.grow else {}
     if options.json:
@@ -295,7 +306,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8192)
     parser.add_argument("--k", type=int, nargs="*", default=[32, 64, 1200, 0], help="0 stands for L1")
     parser.add_argument("--dead", type=float, nargs="*", default=[0.05], help="also with this share of features dead")
-    parser.add_argument("--runs", type=int, default=10, help="runs of 20 steps to time, after 60 that are not")
+    parser.add_argument("--warmup", type=int, default=500, help="steps before the clock runs")
+    parser.add_argument("--runs", type=int, default=10, help="runs of 50 steps to time")
     parser.add_argument("--plain", action="store_true", help="time autograd's step too")
     parser.add_argument("--grow", action="store_true", help="time TopK k=32 as each size grows, too")
     parser.add_argument("--json", type=Path, help="write all figures to this file")

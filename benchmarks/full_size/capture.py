@@ -155,25 +155,26 @@ class Bench:
 
 
 def compare(bench: Bench, n_plain: int, n_prompts: int, batch_size: int) -> list[Result]:
-    """The plain loop, where `n_plain` is not 0, and all cases beside it."""
+    """The plain loop, where `n_plain` is not 0, and all cases beside it; a table's line is printed for each."""
     how = bench.how
-    found = [bench.plain(n_plain)] if n_plain else []
-    found += [bench.capture(case, n_prompts, batch_size) for case in cases(how["sites"][0], how["steps"][0])]
-    if not n_plain:
-        return found
-    return [result._replace(ratio=result.images_per_second / found[0].images_per_second) for result in found]
-
-
-def table(results: Sequence[Result]) -> str:
-    lines = [f"{'':<20}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}"]
-    for result in results:
-        ratio = "–" if result.ratio is None else f"{result.ratio:.2f}"
-        lines.append(
-            f"{result.name:<20}{result.n_images:>8}{result.images_per_second:>10.3f}{ratio:>9}{result.gigabytes:>8.1f}"
-        )
-    one, several = (next(r for r in results if r.name == name) for name in ("tokens", "3 sites × 3 steps"))
+    print(f"{'':<20}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}", flush=True)
+    found = [told(bench.plain(n_plain)._replace(ratio=1.0))] if n_plain else []
+    for case in cases(how["sites"][0], how["steps"][0]):
+        result = bench.capture(case, n_prompts, batch_size)
+        ratio = result.images_per_second / found[0].images_per_second if n_plain else None
+        found.append(told(result._replace(ratio=ratio)))
+    one, several = (next(r for r in found if r.name == name) for name in ("tokens", "3 sites × 3 steps"))
     more = one.images_per_second / several.images_per_second - 1
-    return "\n".join([*lines, f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one."])
+    print(f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one.")
+    return found
+
+
+def told(result: Result) -> Result:
+    """The result itself, after its line of the table."""
+    ratio = "–" if result.ratio is None else f"{result.ratio:.2f}"
+    numbers = f"{result.n_images:>8}{result.images_per_second:>10.3f}{ratio:>9}{result.gigabytes:>8.1f}"
+    print(f"{result.name:<20}{numbers}", flush=True)
+    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,7 +193,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(TINY if options.tiny else FULL, device, Path(folder), options.card, 64 if options.tiny else 256)
         n_plain = 0 if options.card else options.plain
         results = compare(bench, n_plain, options.prompts, options.batch_size)
-    print(table(results))
     if options.json is not None:
         where = "CPU" if options.tiny else torch.cuda.get_device_name(device)
         write_json(

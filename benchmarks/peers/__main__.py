@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     kinds = importable(asked, options.device)
     result = (compare_quality if options.mode == "quality" else compare_steps)(kinds, options)
     if options.out:
-        versions = {kind.distribution: metadata.version(kind.distribution) for kind in kinds}
+        versions = {kind.distribution: version(kind.distribution) for kind in kinds}
         about = {"device": device_name(options.device), "versions": versions | {"torch": torch.__version__}}
         write_json(options.out, about | result)
 
@@ -96,6 +96,14 @@ def plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):
         return {name: plain(one) for name, one in value._asdict().items()}
     return [plain(one) for one in value] if isinstance(value, list) else value
+
+
+def version(distribution: str) -> str:
+    """What is installed; a checkout that is only on the path has no version."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def device_name(device: torch.device) -> str:

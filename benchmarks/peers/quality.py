@@ -57,10 +57,10 @@ def told(one: Run) -> Run:
 
 
 def seconds_to(runs: Sequence[Run], fve: float) -> float | None:
-    """Mean seconds of training until the validation FVE was first that high; None when some run never was."""
-    times = [next((point.seconds for point in one.curve if point.fve >= fve), None) for one in runs]
-    reached = [time for time in times if time is not None]
-    return mean(reached) if len(reached) == len(runs) else None
+    """Seconds of training until the validation FVE, a mean over runs, was first that high; None when it never was."""
+    curves = zip(*(one.curve for one in runs), strict=True)
+    reached = (mean(point.seconds for point in points) for points in curves if mean(p.fve for p in points) >= fve)
+    return next(reached, None)
 
 
 def table(sweeps: Sequence[Sweep], ours: str) -> str:

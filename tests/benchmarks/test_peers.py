@@ -135,11 +135,13 @@ def test_a_best_rate_at_the_edge_of_the_sweep_is_told() -> None:
     assert not Sweep("a", tried[1:2], [tried[1]]).at_edge
 
 
-def test_seconds_to_a_quality_are_those_of_the_first_point_that_has_it() -> None:
+def test_seconds_to_a_quality_are_those_of_the_first_point_whose_mean_has_it() -> None:
     curve = [Point(1, 1.0, 0.5), Point(2, 2.0, 0.7), Point(3, 3.0, 0.6)]
-    one, other = made_up("a", 1.0, 0, 0.6, curve), made_up("a", 1.0, 1, 0.7, [Point(3, 4.0, 0.7)])
-    assert seconds_to([one, other], 0.7) == 3.0
-    assert seconds_to([one], 0.8) is None
+    other = [Point(1, 2.0, 0.7), Point(2, 4.0, 0.6), Point(3, 6.0, 0.9)]
+    runs = made_up("a", 1.0, 0, 0.6, curve), made_up("a", 1.0, 1, 0.9, other)
+    assert seconds_to(runs[:1], 0.7) == 2.0
+    assert seconds_to(runs, 0.64) == 3.0
+    assert seconds_to(runs, 0.8) is None
 
 
 def test_the_table_is_sorted_by_quality_and_says_mean_and_half_the_range() -> None:

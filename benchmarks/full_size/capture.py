@@ -157,7 +157,7 @@ class Bench:
 def compare(bench: Bench, n_plain: int, n_prompts: int, batch_size: int) -> list[Result]:
     """The plain loop, where `n_plain` is not 0, and all cases beside it; a table's line is printed for each."""
     how = bench.how
-    print(f"{'':<20}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}", flush=True)
+    write_head()
     found = [told(bench.plain(n_plain)._replace(ratio=1.0))] if n_plain else []
     for case in cases(how["sites"][0], how["steps"][0]):
         result = bench.capture(case, n_prompts, batch_size)
@@ -167,6 +167,10 @@ def compare(bench: Bench, n_plain: int, n_prompts: int, batch_size: int) -> list
     more = one.images_per_second / several.images_per_second - 1
     print(f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one.")
     return found
+
+
+def write_head() -> None:
+    print(f"{'':<20}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}", flush=True)
 
 
 def told(result: Result) -> Result:

@@ -14,7 +14,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -77,22 +77,39 @@ class Memory(NamedTuple):
     seconds_an_image: float
 
 
-def main() -> None:
-    options = parse()
-    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-        folder = Path(temporary)
-        if options.curve:
-            results: list[Any] = [memory(n, folder / str(n), options) for n in options.curve]
-        else:
-            results = [resident(kind, options) for kind in options.kinds]
-            make_shards(folder, "tokens", options.images, options)
-            make_shards(folder, "images", options.images, options)
-            results += [streamed(kind, folder, options) for kind in options.kinds]
-    lines = [{"of": type(result).__name__, **result._asdict()} for result in results]
-    print("\n".join(json.dumps(line) for line in lines))
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    lines = [_line(result) for result in run(options)]
     if options.json:
         with whole_file(options.json) as path:
             path.write_text(json.dumps({"options": {k: str(v) for k, v in vars(options).items()}, "results": lines}))
+
+
+def run(options: argparse.Namespace) -> list[Any]:
+    """All that the options ask for; a line is printed for each."""
+    found: list[Any] = []
+
+    def told(result: Any) -> None:
+        print(json.dumps(_line(result)), flush=True)
+        found.append(result)
+
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary)
+        for n in options.curve or ():
+            told(memory(n, folder / str(n), options))
+        if options.curve:
+            return found
+        for kind in options.kinds:
+            told(resident(kind, options))
+        make_shards(folder, "tokens", options.images, options)
+        make_shards(folder, "images", options.images, options)
+        for kind in options.kinds:
+            told(streamed(kind, folder, options))
+    return found
+
+
+def _line(result: Any) -> dict[str, Any]:
+    return {"of": type(result).__name__, **result._asdict()}
 
 
 def resident(kind: str, options: argparse.Namespace) -> Resident:
@@ -205,9 +222,13 @@ class PeakMemory(Callback):
     peak = 0.0
 
     def on_predict_batch_end(self, *_: Any) -> None:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-        self.peak = max(self.peak, kilobytes / 1e3)
+        self.peak = max(self.peak, private_megabytes())
+
+
+def private_megabytes() -> float:
+    """Of this process, now."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1e3
 
 
 def memory(n_images: int, folder: Path, options: argparse.Namespace) -> Memory:
@@ -254,7 +275,7 @@ def make_shards(folder: Path, kind: Kind, n_images: int, options: argparse.Names
     return ShardSet.open(folder / kind, kind)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu", choices=["cuda", "cpu"])
@@ -273,7 +294,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--curve", type=int, nargs="+", help="numbers of images to score for the host's memory")
     parser.add_argument("--folder", type=Path, help="where temporary files go")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

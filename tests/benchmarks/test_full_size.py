@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.full_size.__main__ import main as run_all
 from benchmarks.full_size.capture import main
 from benchmarks.full_size.model import FULL, TINY, write_frame
 from fluxsae.flux.load import load_frame, transformer_skeleton
@@ -33,3 +34,17 @@ def test_the_captures_beside_the_plain_loop(tmp_path: Path, capsys: pytest.Captu
     assert "3 sites × 3 steps takes" in capsys.readouterr().out
     main(["--tiny", "--card", "40", "--prompts", "1", "--batch-size", "4"])
     assert "plain loop" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_all_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    sizes = ["--plain", "1", "--prompts", "1", "--study", "18", "--batch-size", "24"]
+    run_all(["--tiny", *sizes, "--folder", str(tmp_path), "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert [one["n_images"] for one in found["captures"]] == [1, 4, 4, 72]
+    tokens, images, maps = (one["n"] for one in found["stages"])
+    assert 0 < tokens <= 2 * 72 * 16 and images == 72 and maps >= 16  # 16 images of a feature
+    assert all(one["seconds"] > 0 and one["host_gigabytes"] > 0 for one in found["stages"])
+    assert [one["share"] > 0 for one in found["scores"]] == [True] * 4
+    assert "10,000 images" in capsys.readouterr().out and not list(tmp_path.glob("tmp*"))

@@ -53,7 +53,8 @@ class ActivationData(LightningDataModule):
     """The tokens of one shard set.
 
     A hash of its text decides on which side a prompt falls, so all its images fall on the same side, in every run.
-    With several processes, each trains on its share of the images and all take the same number of steps.
+    With several processes, each trains on its share of the images and all take the same number of steps. Images that
+    the capture skipped are on neither side, and in no prediction.
 
     Args:
         shards: folder of a set of tokens, for example `runs/tiny/capture/transformer_blocks.1.ff/step-03`.
@@ -123,13 +124,14 @@ class ActivationData(LightningDataModule):
 
     @cached_property
     def split(self) -> Split:
-        return split_by_prompt(self.shard_set.records, self.val_fraction)
+        sides = split_by_prompt(self.shard_set.records, self.val_fraction)
+        return Split(*([image for image in side if image not in self.shard_set.skipped] for side in sides))
 
     def setup(self, stage: str) -> None:
         """Open the shards before anything expensive starts, so that a wrong folder ends the run at once."""
         for advice in _ADVICE:
             warnings.filterwarnings("ignore", message=advice)
-        if len(self.shard_set) == 0:
+        if not self._with_tokens:
             raise ValueError(f"{self.shards} holds no images; capture some first.")
         if stage != "predict":
             n_images = min(map(len, self.split))
@@ -178,7 +180,7 @@ class ActivationData(LightningDataModule):
 
         With several processes, each takes one contiguous run of them.
         """
-        images = list(range(len(self.shard_set))) if self.only is None else self.only.images()
+        images = self._with_tokens if self.only is None else self.only.images()
         begin, end = (len(images) * (self._part.rank + i) // self._part.of for i in (0, 1))
         mine, readers = images[begin:end], self.readers or 2
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -190,6 +192,10 @@ class ActivationData(LightningDataModule):
         if isinstance(batch, StoredImages):
             return TokenBatch(batch.tokens(), batch.images)
         return batch.decoded() if isinstance(batch, Rows) else batch
+
+    @property
+    def _with_tokens(self) -> list[int]:
+        return [image for image in range(len(self.shard_set)) if image not in self.shard_set.skipped]
 
     @property
     def _part(self) -> Part:

@@ -80,6 +80,8 @@ class FluxCapture(LightningModule):
         text_length: text tokens a prompt; by default what the model's T5 tokenizer was made for, at most 512.
         images: keep the pictures; without them the sampler stops after the last of `steps`.
         storage: how tokens are stored.
+        not_finite: what a NaN or an infinite value among the tokens of an image does: `stop` the capture, or `skip` the
+            tokens of that image at that site and step. The set lists it, and no later stage reads it.
         dtype: the model's; by default float32 on a CPU and bfloat16 elsewhere.
         keep_embeddings: encode all prompts first, keep their embeddings in `folder/embeddings`, so that none is ever
             encoded twice, and take the text encoders off the device before the first image is made. For FLUX.1 at 512
@@ -102,6 +104,7 @@ class FluxCapture(LightningModule):
         text_length: int | None = None,
         images: bool = True,
         storage: Storage = "bf16",
+        not_finite: Literal["stop", "skip"] = "stop",
         dtype: DType | None = None,
         keep_embeddings: bool = True,
         compile: bool | None = None,
@@ -134,6 +137,7 @@ class FluxCapture(LightningModule):
         self.text_length = text_length
         self.images = images
         self.storage: Storage = storage
+        self.skip_not_finite = not_finite == "skip"
         self.dtype_name = dtype
         self.keep_embeddings = keep_embeddings
         self.compile_blocks = compile
@@ -154,7 +158,7 @@ class FluxCapture(LightningModule):
         shapes = token_shapes(skeleton, self.sites, self.spec.grid, self.spec.text_length)
         claim_folder(self.folder, self.spec, self.data, write=False)
         keys = product(self.sites, self.steps)
-        self.sets = open_sets(self.folder, self.spec, keys, self.storage, self.data, self.images)
+        self.sets = open_sets(self.folder, self.spec, keys, self.storage, self.data, self.images, self.skip_not_finite)
         sizes = {str(site): token_bytes(*shape, self.storage) for site, shape in zip(self.sites, shapes, strict=True)}
         if self.trainer.is_global_zero:
             check_space(self.folder, [self._bytes_to_come(one, sizes) for one in self.sets])

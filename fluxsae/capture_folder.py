@@ -54,12 +54,13 @@ def open_sets(
     storage: Storage,
     data: PromptData,
     images: bool,
+    skip_not_finite: bool,
 ) -> list[CaptureSet]:
     """The sets of `keys`, sites and steps, and that of the images. ValueError when one holds another capture."""
     sets = []
     for site, step in keys:
-        captured = CaptureSpec(spec, str(site), step)
-        writer = ShardWriter(set_folder(folder, site, step), captured, "tokens", storage, data.images_per_shard)
+        captured, where = CaptureSpec(spec, str(site), step), set_folder(folder, site, step)
+        writer = ShardWriter(where, captured, "tokens", storage, data.images_per_shard, skip_not_finite)
         sets.append(CaptureSet(writer, _missing(writer, data), str(site), step))
     if images:
         writer = ShardWriter(folder / "images", spec, "images", storage, data.images_per_shard)

@@ -114,6 +114,10 @@ def _verify(folder: Path) -> int:
         print(f"{shard_set}: {'whole' if not problems else f'{len(problems)} problems'}")
         if not problems and (shards := ShardSet.open(shard_set)).metadata.kind == "tokens":
             print(f"  {describe_channels(shards)}")
+            if shards.skipped:
+                print(
+                    f"  skipped, as their tokens were not finite: images {', '.join(map(str, sorted(shards.skipped)))}"
+                )
         for problem in problems:
             print(f"  {problem}")
         if problems:

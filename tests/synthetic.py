@@ -5,7 +5,7 @@ Legend: T tokens an image, D width, G true directions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,12 +100,15 @@ def token_shards(
     images_per_shard: int = 5,
     source: Dictionary | None = None,
     seed: int = 0,
+    skipped: Collection[int] = (),
 ) -> ShardSet:
-    """A finished set of tokens [T=(size/16)², d_in] for n_prompts × repetitions images."""
+    """A finished set of tokens [T=(size/16)², d_in] for n_prompts × repetitions images; of `skipped` they were NaN."""
     generator = torch.Generator().manual_seed(seed)
     spec = capture_spec(size, repetitions)
     source = source or dictionary(d_in)
     payloads = [draw(source, spec.n_tokens, generator) for _ in range(n_prompts * repetitions)]
+    for image in skipped:
+        payloads[image][3, 1] = torch.nan
     return _write(folder, spec, "tokens", storage, images_per_shard, records(n_prompts, repetitions), payloads)
 
 
@@ -128,7 +131,7 @@ def _write(
     samples: list[SampleRecord],
     payloads: Sequence[Tensor | Image.Image],
 ) -> ShardSet:
-    writer = ShardWriter(folder, spec, kind, storage, images_per_shard)
+    writer = ShardWriter(folder, spec, kind, storage, images_per_shard, skip_not_finite=True)
     n_shards = -(-len(samples) // images_per_shard)
     for record, payload in zip(samples, payloads, strict=True):
         writer.add(record.image // images_per_shard, record, payload)

@@ -37,6 +37,23 @@ def all_keys(shards: ShardSet, images: list[int]) -> Counter[float]:
     return Counter(keys(shards.tokens_batch(images).flatten(0, 1)))
 
 
+def test_what_a_capture_skipped_is_on_neither_side(tmp_path: Path) -> None:
+    shards = token_shards(tmp_path, 12, 2, storage="fp32", skipped=[0, 7, 8])
+    data = ActivationData(tmp_path, batch_size=16, images_per_batch=5)
+    data.setup("fit")
+    assert sorted(data.split.train + data.split.held_out) == [i for i in range(24) if i not in (0, 7, 8)]
+    assert sum((Counter(keys(batch)) for batch in data.train_dataloader()), Counter()) == all_keys(
+        shards, data.split.train
+    )
+    predicted = [image for batch in data.predict_dataloader() for image in batch.images.tolist()]
+    assert predicted == sorted(data.split.train + data.split.held_out)
+
+
+def test_a_set_of_skipped_images_alone_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the tokens of all images .* so all were skipped"):
+        token_shards(tmp_path, 2, 1, skipped=[0, 1])
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(max_size=4), min_size=1, max_size=30), st.floats(0.01, 0.99))
 def test_no_prompt_falls_on_both_sides(prompts: list[str], fraction: float) -> None:

@@ -353,6 +353,27 @@ def test_a_value_that_is_not_finite_is_told_with_image_site_and_step(
     assert not list((tmp_path / "out").rglob("*shard-*"))
 
 
+def test_tokens_that_are_not_finite_are_skipped_by_choice(tiny_flux: Path, prompts: Path, tmp_path: Path) -> None:
+    def broken(*args: Any, **options: Any) -> FluxPipeline:
+        pipe = load_pipeline(*args, **options)
+
+        def second_is_nan(module: Any, inputs: Any, out: torch.Tensor) -> torch.Tensor:
+            return torch.cat([out[:1], out[1:2] * torch.nan, out[2:]])
+
+        pipe.transformer.get_submodule(SITE).register_forward_hook(second_is_nan)
+        return pipe
+
+    options: dict[str, Any] = {"sites": [SITE], "steps": [1], "images": False}
+    run(capture(tiny_flux, tmp_path / "whole", **options), data(prompts))
+    with mock.patch.object(fluxsae.capture, "load_pipeline", broken):
+        run(capture(tiny_flux, tmp_path / "out", not_finite="skip", **options), data(prompts))
+    whole, found = (ShardSet.open(set_folder(tmp_path / name, SITE, 1)) for name in ("whole", "out"))
+    assert found.skipped == {1, 5, 9}  # the second of each batch that has two
+    for image in range(10):
+        expected = torch.zeros(6, 32) if image in found.skipped else whole.tokens(image)
+        assert torch.equal(found.tokens(image), expected)
+
+
 def test_a_full_disk_is_told_of_before_weights_are_loaded(tiny_flux: Path, prompts: Path, tmp_path: Path) -> None:
     with (
         mock.patch.object(fluxsae.capture, "load_pipeline", side_effect=AssertionError),

@@ -20,6 +20,8 @@ from fluxsae.storage import remove_parts, write_csv, write_json
 class ScoresWriter(OneRunOnly):
     """Leaves `matrix.npy` (S, float32 [I, F]), `images.csv` (its rows) and `scores.json`, which says both are whole.
 
+    Rows of images that the capture skipped stay 0.
+
     Several processes write their rows into one file, so `folder` must be one that all of them see.
 
     Args:
@@ -54,9 +56,10 @@ class ScoresWriter(OneRunOnly):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._matrix is not None
         n_images, n_features = self._matrix.array.shape
-        n_rows = self._matrix.n_written(trainer)
-        if n_rows != n_images:
-            raise ValueError(f"{n_rows} images were scored but the shards hold {n_images}; score all of them.")
+        n_rows, skipped = self._matrix.n_written(trainer), sorted(all_shards(trainer).skipped)
+        if n_rows != n_images - len(skipped):
+            expected = n_images - len(skipped)
+            raise ValueError(f"{n_rows} images were scored but the shards hold {expected}; score all of them.")
         if trainer.is_global_zero:
             self._matrix.finish()
             if self.by_feature:
@@ -64,6 +67,7 @@ class ScoresWriter(OneRunOnly):
             shards = all_shards(trainer)
             write_images(self.folder / IMAGES, shards, self.prompts)
             summary = {"n_images": n_images, "n_features": n_features, "spec": shards.spec.to_dict()}
+            summary |= {"skipped": skipped} if skipped else {}
             write_json(self.folder / SUMMARY, summary)
         trainer.strategy.barrier("scores")
 

@@ -60,11 +60,12 @@ class Channels(NamedTuple):
 
 def describe_channels(shards: ShardSet, n_tokens: int = 2**14) -> Channels:
     """From about so many tokens, those of images that are evenly spread over a set of tokens."""
-    n_images = min(len(shards), max(1, n_tokens // shards.spec.n_tokens))
+    images = [image for image in range(len(shards)) if image not in shards.skipped]
+    n_images = min(len(images), max(1, n_tokens // shards.spec.n_tokens))
     shift: Tensor | None = None
     sums, squares, lost, n = torch.zeros(()), torch.zeros(()), 0.0, 0
     for i in range(n_images):
-        stored = shards.tokens(i * len(shards) // n_images).float()
+        stored = shards.tokens(images[i * len(images) // n_images]).float()
         tokens = stored.double()
         shift = tokens.mean(dim=0) if shift is None else shift
         sums = sums + (tokens - shift).sum(dim=0)

@@ -116,13 +116,21 @@ def statistics(sums: Sums) -> Statistics:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard of a set: images `first_image` to `first_image + samples - 1`, in order."""
+    """One shard of a set: images `first_image` to `first_image + samples - 1`, in order.
+
+    Of the `skipped` ones the tokens were not finite; zeros are in their place.
+    """
 
     name: str
     samples: int
     first_image: int
     bytes: int
     sha256: str
+    skipped: tuple[int, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        return values if self.skipped else {name: value for name, value in values.items() if name != "skipped"}
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,11 @@ class ShardMetadata:
     def n_images(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def skipped(self) -> frozenset[int]:
+        """Images without tokens, as those were not finite."""
+        return frozenset(image for shard in self.shards for image in shard.skipped)
+
     def to_dict(self) -> dict[str, Any]:
         numbers = self.statistics
         return sealed(
@@ -149,7 +162,7 @@ class ShardMetadata:
                 "storage": self.storage,
                 "n_images": self.n_images,
                 "spec": self.spec.to_dict(),
-                "shards": [asdict(shard) for shard in self.shards],
+                "shards": [shard.to_dict() for shard in self.shards],
                 "statistics": numbers.to_dict() if numbers is not None else None,
             }
         )
@@ -183,7 +196,7 @@ class ShardMetadata:
 
 def parse_entry(values: Any, shard: int) -> ShardEntry:
     """One shard's entry. ValueError or TypeError unless its name is that shard's own and its numbers are counts."""
-    entry = ShardEntry(**values)
+    entry = ShardEntry(**{**values, "skipped": tuple(values.get("skipped", ()))})
     if entry.name != shard_name(shard):
         raise ValueError(f"shard {shard} is called {entry.name!r}, expected {shard_name(shard)!r}")
     for name, least in (("samples", 1), ("first_image", 0), ("bytes", 1)):
@@ -191,6 +204,9 @@ def parse_entry(values: Any, shard: int) -> ShardEntry:
             raise ValueError(f"{name} of {entry.name} is {values[name]!r}, expected an integer of at least {least}")
     if not isinstance(entry.sha256, str):
         raise ValueError(f"sha256 of {entry.name} is {entry.sha256!r}, expected text")
+    images = range(entry.first_image, entry.first_image + entry.samples)
+    if any(type(image) is not int or image not in images for image in entry.skipped):
+        raise ValueError(f"skipped of {entry.name} is {list(entry.skipped)!r}, expected some of its images")
     return entry
 
 

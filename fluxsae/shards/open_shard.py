@@ -22,10 +22,11 @@ from fluxsae.storage import hash_json, naming, put_in_place, read_json, sealed, 
 
 
 class Kept(NamedTuple):
-    """What is whole of a shard: so many bytes, the images in them, and their hash so far."""
+    """What is whole of a shard: so many bytes, the images in them (skipped ones, too), and their hash so far."""
 
     n_bytes: int
     images: list[int]
+    skipped: list[int]
     hash: hashlib._Hash
 
 
@@ -33,6 +34,7 @@ class Done(NamedTuple):
     """A shard that is under its name."""
 
     images: list[int]
+    skipped: list[int]
     n_bytes: int
     sha256: str
 
@@ -50,6 +52,7 @@ class OpenShard:
         self.path = path
         self.of = hash_json(of)
         self.images = list(kept.images) if kept is not None else []
+        self.skipped = list(kept.skipped) if kept is not None else []
         with naming(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if kept is None:
@@ -57,8 +60,8 @@ class OpenShard:
             self._file = _Hashed(_part_of(path), kept)
             self._tar = _Appending(self._file)
 
-    def add(self, record: SampleRecord, extension: str, data: bytes) -> None:
-        """ValueError when an image does not follow the one before."""
+    def add(self, record: SampleRecord, extension: str, data: bytes, skipped: bool = False) -> None:
+        """`skipped`: the data are zeros in the place of others. ValueError when an image does not follow the last."""
         if self.images and record.image != self.images[-1] + 1:
             raise ValueError(
                 f"image {record.image} does not follow image {self.images[-1]} in {self.path}; add images in order."
@@ -67,20 +70,22 @@ class OpenShard:
         with naming(self.path):
             self._tar.write({"__key__": sample_key(record.image), RECORD: text, extension: data})
         self.images.append(record.image)
+        if skipped:
+            self.skipped.append(record.image)
 
     def keep(self) -> None:
         """Bring everything so far to the disk: a later process can go on from here."""
         with naming(self.path):
             self._file.sync()
-        values = {"of": self.of, "images": self.images, "bytes": self._file.tell(), "sha256": self._file.sha256()}
-        write_json(_record_of(self.path), sealed(values))
+        of = {"of": self.of, "images": self.images, "skipped": self.skipped}
+        write_json(_record_of(self.path), sealed({**of, "bytes": self._file.tell(), "sha256": self._file.sha256()}))
 
     def close(self) -> Done:
         """Put the shard under its name."""
         with naming(self.path):
             self._tar.close()
             self._file.sync()
-            done = Done(self.images, self._file.tell(), self._file.sha256())
+            done = Done(self.images, self.skipped, self._file.tell(), self._file.sha256())
             self._file.close()
             put_in_place(_part_of(self.path), self.path)
             _record_of(self.path).unlink(missing_ok=True)
@@ -100,11 +105,12 @@ def kept(path: Path, of: Mapping[str, Any]) -> Kept | None:
         if values["of"] != hash_json(of):
             return None
         n_bytes, images = int(values["bytes"]), [int(image) for image in values["images"]]
+        skipped = [int(image) for image in values["skipped"]]
         found = _hash_of(_part_of(path), n_bytes)
         whole = found.hexdigest() == values["sha256"]
     except (OSError, KeyError, TypeError, ValueError, AttributeError):
         return None
-    return Kept(n_bytes, images, found) if whole else None
+    return Kept(n_bytes, images, skipped, found) if whole else None
 
 
 def payloads(path: Path, of_images: Kept, extension: str) -> list[bytearray]:

@@ -58,6 +58,7 @@ class ShardSet:
         self.folder = folder
         self.metadata = metadata
         self._n_images = metadata.n_images
+        self._skipped = metadata.skipped
         self._first = [shard.first_image for shard in metadata.shards]
         self._tars: dict[int, Tar] = {}
         self._indices: dict[int, dict[str, Member]] = {}
@@ -83,6 +84,11 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tars": {}}
+
+    @property
+    def skipped(self) -> frozenset[int]:
+        """Images whose tokens were not finite when they were captured; zeros are in their place."""
+        return self._skipped
 
     @property
     def generation(self) -> GenerationSpec:

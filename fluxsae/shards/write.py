@@ -6,8 +6,8 @@ Legend: T tokens an image, D width.
 from __future__ import annotations
 
 import io
+import logging
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ from fluxsae.shards.open_shard import Kept, OpenShard, kept, payloads
 from fluxsae.spec import CaptureSpec, GenerationSpec, differences
 from fluxsae.storage import read_json, remove_parts, sealed, unsealed, write_json
 
+_logger = logging.getLogger(__name__)
+
 _CACHED = 2**15
 """Numbers that stay in a core's cache, 8 bytes each."""
 
@@ -53,6 +55,7 @@ class ShardWriter:
         kind: "tokens" or "images".
         storage: how tokens are stored; images are always PNG.
         images_per_shard: every shard but the last holds this many.
+        skip_not_finite: store zeros for an image whose tokens are not finite, and list it as skipped.
     """
 
     def __init__(
@@ -62,12 +65,14 @@ class ShardWriter:
         kind: Kind = "tokens",
         storage: Storage = "bf16",
         images_per_shard: int = 64,
+        skip_not_finite: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.spec = spec
         self.kind: Kind = kind
         self.storage: Storage = storage
         self.images_per_shard = images_per_shard
+        self.skip_not_finite = skip_not_finite
         self.n_bytes = 0
         """Bytes of tokens or pictures that this object has written."""
         self._open: dict[int, OpenShard] = {}
@@ -108,20 +113,24 @@ class ShardWriter:
     def add(self, shard: int, record: SampleRecord, payload: Float[Tensor, "T D"] | Image.Image) -> None:
         """Append one image's tokens or picture, behind what `kept` says is there.
 
-        ValueError for tokens that are not finite, or images out of order.
+        ValueError for images out of order, or tokens that are not finite, unless those are skipped.
         """
         data = encode_tokens(payload, self.storage) if isinstance(payload, Tensor) else _encode_image(payload)
         part = _sums(_decoded(data)) if self.kind == "tokens" else None
-        if part is not None and not math.isfinite(part.norms):
+        skipped = part is not None and not math.isfinite(part.norms)
+        if isinstance(payload, Tensor) and skipped:
             where = f" at {self.spec.site}, step {self.spec.step}," if isinstance(self.spec, CaptureSpec) else ""
-            raise ValueError(
-                f"the tokens of image {record.image} (prompt {record.prompt!r}){where} hold NaN or infinite values; "
-                "use a dtype with a wider range, such as bfloat16 or float32."
-            )
+            what = f"the tokens of image {record.image} (prompt {record.prompt!r}){where} hold NaN or infinite values"
+            if not self.skip_not_finite:
+                raise ValueError(
+                    f"{what}; use a dtype with a wider range, such as bfloat16 or float32, or skip what is not finite."
+                )
+            _logger.warning("%s: skipped", what)
+            data = encode_tokens(torch.zeros_like(payload), self.storage)
         if shard not in self._open:
             self._begin(shard)
-        self._open[shard].add(record, self._extension, data)
-        if part is not None:
+        self._open[shard].add(record, self._extension, data, skipped)
+        if part is not None and not skipped:
             self._count(shard, part)
         self.n_bytes += len(data)
 
@@ -140,10 +149,10 @@ class ShardWriter:
         """Put the shard under its name, and beside it what `finalise` needs. ValueError when nothing was added."""
         if shard not in self._open:
             raise ValueError(f"shard {shard} of {self.folder} has no samples to close; add its images first.")
-        images, n_bytes, sha256 = self._open.pop(shard).close()
-        entry = ShardEntry(shard_name(shard), len(images), images[0], n_bytes, sha256)
+        images, skipped, n_bytes, sha256 = self._open.pop(shard).close()
+        entry = ShardEntry(shard_name(shard), len(images), images[0], n_bytes, sha256, tuple(skipped))
         sums = self._sums.pop(shard, None)
-        values = {**self._of, "shard": asdict(entry), "sums": sums.to_dict() if sums is not None else None}
+        values = {**self._of, "shard": entry.to_dict(), "sums": sums.to_dict() if sums is not None else None}
         write_json(self.folder / sums_name(shard), sealed(values))
 
     def abandon(self) -> None:
@@ -173,6 +182,11 @@ class ShardWriter:
                 )
             entries.append(entry)
             sums += [part] if part is not None else []
+        if self.kind == "tokens" and not sums:
+            raise ValueError(
+                f"the tokens of all images of {self.folder} hold NaN or infinite values, so all were skipped; remove "
+                "the folder, and capture with another dtype, such as bfloat16 or float32."
+            )
         numbers = statistics(merge(sums)) if sums else None
         metadata = ShardMetadata(self.kind, self._storage_name, self.spec, tuple(entries), numbers)
         for left_over in (*self.folder.glob(".shard-*"), *self.folder.glob("..shard-*")):
@@ -187,8 +201,9 @@ class ShardWriter:
         self._open[shard] = OpenShard(path, self._of, there)
         self._sums.pop(shard, None)
         if there is not None and self.kind == "tokens":
-            for data in payloads(path, there, TOKENS):
-                self._count(shard, _sums(_decoded(data)))
+            for image, data in zip(there.images, payloads(path, there, TOKENS), strict=True):
+                if image not in there.skipped:
+                    self._count(shard, _sums(_decoded(data)))
 
     def _count(self, shard: int, part: Sums) -> None:
         self._sums[shard] = merge([self._sums[shard], part]) if shard in self._sums else part
@@ -211,18 +226,22 @@ def _decoded(data: bytes | bytearray) -> Float[Tensor, "T D"]:
 
 
 def _sums(tokens: Float[Tensor, "T D"]) -> Sums:
-    """A few tokens at a time, which stay in a core's cache as float64; in numpy, as its sums depend on no threads."""
+    """A few tokens at a time, which stay in a core's cache as float64; in numpy, as its sums depend on no threads.
+
+    Where a token is not finite, the sum of norms is not.
+    """
     n = max(1, _CACHED // tokens.shape[1])
     memory = np.empty((n, tokens.shape[1]))
     parts = []
-    for some in tokens.split(n):
-        x = memory[: len(some)]
-        torch.from_numpy(x).copy_(some)
-        norms = np.sqrt(np.einsum("td,td->t", x, x)).sum()
-        mean = x.mean(axis=0)
-        x -= mean
-        parts.append(Sums(len(x), torch.from_numpy(mean), float(np.einsum("td,td->", x, x)), float(norms)))
-    return merge(parts)
+    with np.errstate(invalid="ignore"):
+        for some in tokens.split(n):
+            x = memory[: len(some)]
+            torch.from_numpy(x).copy_(some)
+            norms = np.sqrt(np.einsum("td,td->t", x, x)).sum()
+            mean = x.mean(axis=0)
+            x -= mean
+            parts.append(Sums(len(x), torch.from_numpy(mean), float(np.einsum("td,td->", x, x)), float(norms)))
+        return merge(parts)
 
 
 def _encode_image(image: Any) -> bytes:

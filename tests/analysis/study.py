@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,9 +31,9 @@ class Study(NamedTuple):
         return self.folder / "features.csv"
 
 
-def make_study(folder: Path) -> Study:
+def make_study(folder: Path, skipped: Collection[int] = ()) -> Study:
     torch.manual_seed(0)
-    tokens, images = token_shards(folder / "tokens"), image_shards(folder / "images")
+    tokens, images = token_shards(folder / "tokens", skipped=skipped), image_shards(folder / "images")
     sae = TopK(16, N_FEATURES, 2)
     sae.set_statistics(tokens.statistics, tokens.spec)
     save_sae(folder / "sae", sae)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from fluxsae import scoring
 from fluxsae.analysis import by_feature
+from fluxsae.analysis.alive import AliveStatistics
 from fluxsae.analysis.by_feature import read_by_feature, write_by_feature
 from fluxsae.analysis.scores_writer import ScoresWriter
-from fluxsae.features import Selection, update_features
+from fluxsae.analysis.top_images import TopImages
+from fluxsae.features import Selection, read_features, update_features
 from fluxsae.sae import save_sae
 from fluxsae.sae.pooling import PlainPooling, Pooled
 from fluxsae.scoring import Scores, prompt_key
@@ -35,6 +38,18 @@ def test_matrix_and_table(study: Study) -> None:
         "image": "3", "prompt_id": "1", "repetition": "1", "seed": "1003",
         "prompt": "a small thing number 1", "kind": "a|b", "object": "thing 1",
     }  # fmt: skip
+
+
+def test_what_a_capture_skipped_counts_nowhere(tmp_path: Path) -> None:
+    study = make_study(tmp_path, skipped=[3, 4, 23])
+    run(study, ScoresWriter(tmp_path / "scores"), AliveStatistics(study.features), TopImages(study.features))
+    scores, expected = Scores.open(tmp_path / "scores"), all_scores(study).numpy()
+    expected[[3, 4, 23]] = 0
+    assert np.allclose(scores.matrix, expected, atol=1e-5) and len(scores.images) == 24
+    assert json.loads((tmp_path / "scores" / "scores.json").read_text())["skipped"] == [3, 4, 23]
+    for feature in read_features(study.features):
+        assert feature.frequency == pytest.approx((expected[:, feature.feature] > 1e-3).sum() / 21)
+        assert not {3, 4, 23} & set(feature.top_images)
 
 
 @pytest.mark.parametrize("block", [1, 60, 10**6])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import pytest
 import torch
 from webdataset import TarWriter
 
-from fluxsae.shards import ShardWriter
+from fluxsae.shards import ShardSet, ShardWriter
+from fluxsae.shards.format import Storage
+from fluxsae.shards.verify import verify
 from tests.synthetic import capture_spec, generation_spec, records, token_shards
 
 
@@ -46,6 +50,44 @@ def test_a_shard_goes_on_behind_what_was_kept(tmp_path: Path) -> None:
     for path in (tmp_path / "whole").iterdir():
         assert (tmp_path / "broken" / path.name).read_bytes() == path.read_bytes()
     assert len(list((tmp_path / "broken").iterdir())) == 2
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp32", "fp8"])
+def test_tokens_that_are_not_finite_may_be_skipped(
+    tmp_path: Path, storage: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokens = [torch.full((16, 8), image + 1.0) for image in range(8)]
+    tokens[1][2, 3], tokens[2][0, 0], tokens[6][15, 7] = math.nan, math.inf, -math.inf
+    for folder, broken_off in (("whole", False), ("broken", True)):
+        writer = ShardWriter(tmp_path / folder, capture_spec(), "tokens", storage, 4, skip_not_finite=True)
+        for record in records(4):
+            writer.add(record.image // 4, record, tokens[record.image])
+            if broken_off and record.image == 1:
+                writer.keep(0)
+                writer.abandon()
+                writer = ShardWriter(tmp_path / folder, capture_spec(), "tokens", storage, 4, skip_not_finite=True)
+                assert writer.kept(0) == 2
+            if record.image in (3, 7):
+                writer.close_shard(record.image // 4)
+        writer.finalise(2)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "broken" / path.name).read_bytes() == path.read_bytes()
+    shards = ShardSet.open(tmp_path / "whole")
+    assert shards.skipped == {1, 2, 6} and [list(entry.skipped) for entry in shards.metadata.shards] == [[1, 2], [6]]
+    assert [float(shards.tokens(image).mean()) for image in range(8)] == [1, 0, 0, 4, 5, 6, 0, 8]
+    assert shards.statistics.n_tokens == 5 * 16 and torch.allclose(shards.statistics.mean, torch.tensor(4.8).double())
+    assert "tokens of image 6" in caplog.text and not verify(tmp_path / "whole")
+
+
+def test_a_list_of_skipped_images_that_are_not_the_shards_is_refused(tmp_path: Path) -> None:
+    token_shards(tmp_path, 2, 1, skipped=[1])
+    values = json.loads((tmp_path / "metadata.json").read_text())
+    del values["hash"]
+    for wrong in ([2], ["1"], [True], 1):
+        values["shards"][0]["skipped"] = wrong
+        (tmp_path / "metadata.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match="not a shard set's metadata"):
+            ShardSet.open(tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"storage": "fp32"}, {"images_per_shard": 8}, {"spec": capture_spec(guidance=1.0)}])

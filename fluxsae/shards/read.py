@@ -214,7 +214,9 @@ class ShardSet:
     def _tar(self, shard: int) -> Tar:
         if shard not in self._tars:
             if len(self._tars) >= _MAPS:
-                del self._tars[next(iter(self._tars))]  # tensors that share its memory keep the map itself alive
+                # The newest: whoever reads all shards over and over, in order, finds the others again. Tensors that
+                # share a map's memory keep it alive.
+                self._tars.popitem()
             self._tars[shard] = open_tar(self.folder / self._entry(shard).name, self._entry(shard).bytes)
         return self._tars[shard]
 

@@ -16,7 +16,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxsae.shards import ShardSet, ShardWriter
+from fluxsae.shards import ShardSet, ShardWriter, read
 from fluxsae.shards.encoding import decode_fp8, decode_tokens, encode_tokens
 from fluxsae.shards.format import METADATA, Storage
 from tests.synthetic import capture_spec, dictionary, draw, generation_spec, image_shards, records, token_shards
@@ -155,3 +155,16 @@ def test_reading_never_writes(tmp_path: Path) -> None:
     shards.tokens(0).zero_()
     assert (tmp_path / "shard-00000.tar").read_bytes() == before
     assert io.BytesIO(before).getbuffer().nbytes == ShardSet.open(tmp_path).metadata.shards[0].bytes
+
+
+def test_shards_beyond_those_kept_open_are_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read, "_MAPS", 3)
+    opened: list[str] = []
+    open_tar = read.open_tar
+    monkeypatch.setattr(read, "open_tar", lambda path, n_bytes: opened.append(path.stem) or open_tar(path, n_bytes))
+    shards = token_shards(tmp_path, 10, 2, images_per_shard=4)
+    expected = [shards.tokens(image).clone() for image in range(20)]
+    assert len(opened) == 5
+    for _ in range(2):
+        assert all(torch.equal(shards.tokens(image), expected[image]) for image in range(20))
+    assert opened[5:] == ["shard-00002", "shard-00003", "shard-00004"] * 2

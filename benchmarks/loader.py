@@ -71,6 +71,7 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
+        print(_row("read", "GB/s", "tokens/s", "of cat", "CPU s/GB"), flush=True)
         measures: list[Measure] = []
         trainings: list[Training] = []
         for storage in options.storage:
@@ -81,7 +82,6 @@ def main() -> None:
             if options.train:
                 trainings += train(shards, options, Path(temporary) / "sae")
             torch.set_num_threads(threads)
-        print(table(measures, trainings))
         if options.json:
             write_json(options.json, measures, trainings, options)
 
@@ -120,7 +120,12 @@ def compare(shards: ShardSet, options: argparse.Namespace) -> list[Measure]:
     n_tokens = {name: len(tokens.images) * shards.spec.n_tokens for name, tokens in readers.items()}
     cats = [pair[0] for pairs in turns.values() for pair in pairs[1:]]
     measures = [_measure(f"{shards.metadata.storage}, cat", [(spent, spent) for spent in cats], None)]
-    return measures + [_measure(name, pairs[1:], n_tokens[name]) for name, pairs in turns.items()]
+    measures += [_measure(name, pairs[1:], n_tokens[name]) for name, pairs in turns.items()]
+    for m in measures:
+        rate = "" if m.tokens_a_second is None else f"{m.tokens_a_second:,.0f}"
+        numbers = f"{m.gigabytes_a_second:.2f}", rate, f"{m.share_of_cat:.0%}", f"{m.cpu_seconds_a_gigabyte:.3f}"
+        print(_row(m.name, *numbers), flush=True)
+    return measures
 
 
 def stream(shards: ShardSet, n_readers: int, options: argparse.Namespace) -> MixedTokens:
@@ -180,11 +185,17 @@ def train(shards: ShardSet, options: argparse.Namespace, folder: Path) -> list[T
         shards.folder, options.batch_size, buffer_images=options.buffer_images, readers=n_readers, val_fraction=1e-6
     )
     same = DataLoader(Same(resident, options.steps + WARMUP), batch_size=None)
-    return [
-        Training(f"{name}, loader alone", median(alone)),
-        Training(f"{name}, step alone", fit(shards, options, folder, train_dataloaders=same, val_dataloaders=same)),
-        Training(f"{name}, both together", fit(shards, options, folder, datamodule=data)),
-    ]
+    found = [told(Training(f"{name}, loader alone", median(alone)))]
+    rate = fit(shards, options, folder, train_dataloaders=same, val_dataloaders=same)
+    found.append(told(Training(f"{name}, step alone", rate)))
+    found.append(told(Training(f"{name}, both together", fit(shards, options, folder, datamodule=data))))
+    return found
+
+
+def told(training: Training) -> Training:
+    """The training itself, after its line of the table."""
+    print(_row(training.name, "", f"{training.tokens_a_second:,.0f}", "", ""), flush=True)
+    return training
 
 
 class Same(Dataset[Tensor]):
@@ -236,20 +247,8 @@ def fit(shards: ShardSet, options: argparse.Namespace, folder: Path, **data: Any
     return options.steps * options.batch_size / clock.seconds
 
 
-def table(measures: Sequence[Measure], trainings: Sequence[Training]) -> str:
-    rows = [("read", "GB/s", "tokens/s", "of cat", "CPU s/GB")]
-    for m in measures:
-        tokens = "" if m.tokens_a_second is None else f"{m.tokens_a_second:,.0f}"
-        rows.append(
-            (m.name, f"{m.gigabytes_a_second:.2f}", tokens, f"{m.share_of_cat:.0%}", f"{m.cpu_seconds_a_gigabyte:.3f}")
-        )
-    rows += [(t.name, "", f"{t.tokens_a_second:,.0f}", "", "") for t in trainings]
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    lines = [
-        "  ".join([f"{row[0]:<{widths[0]}}", *(f"{v:>{w}}" for v, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+def _row(name: str, *numbers: str) -> str:
+    return f"{name:<20}" + "".join(f"{number:>12}" for number in numbers)
 
 
 def write_json(

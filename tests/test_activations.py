@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from fluxsae.activations import ActivationData, MixedTokens, Part, split_by_prompt
 from fluxsae.features import Selection, update_features
+from fluxsae.mixing.host import HostMixing
 from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet
 from fluxsae.shards.format import Storage
@@ -47,6 +50,27 @@ def test_what_a_capture_skipped_is_on_neither_side(tmp_path: Path) -> None:
     )
     predicted = [image for batch in data.predict_dataloader() for image in batch.images.tolist()]
     assert predicted == sorted(data.split.train + data.split.held_out)
+
+
+@pytest.mark.parametrize(
+    ("options", "n_streams"),
+    [
+        ({"max_epochs": 4}, 1),
+        ({"max_epochs": 4, "val_check_interval": 0.5}, 1),
+        ({"max_epochs": -1, "max_steps": 30}, 1),
+        ({"max_epochs": 4, "limit_train_batches": 5}, 4),  # epochs that are given up
+    ],
+)
+def test_a_trainers_epochs_are_one_stream(
+    shards: ShardSet, tmp_path: Path, options: dict[str, Any], n_streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streams, batches, n_threads = [], HostMixing.batches, threading.active_count()
+    monkeypatch.setattr(HostMixing, "batches", lambda *arguments: streams.append(1) or batches(*arguments))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", enable_model_summary=False, **quiet, **options)
+    data = ActivationData(shards.folder, batch_size=32, buffer_images=6)
+    trainer.fit(SAETraining(TopK(16, 24, 4), tmp_path / "sae"), data)
+    assert len(streams) == n_streams and threading.active_count() == n_threads
 
 
 def test_a_set_of_skipped_images_alone_is_refused(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ class DeviceMixing:
     """Two pieces of device memory, one gathered from while the other is filled, of `n_images` images each.
 
     Together they hold 2 · n_images · T tokens as they are stored: 3.2 GB for 1,024 images of 256 tokens and 3,072
-    channels in bf16, half of that in fp8. The order is that of `HostMixing`. It works on a CPU, too, where nothing
-    runs beside anything.
+    channels in bf16, half of that in fp8. Of the host's memory, slots for two more than there are readers are taken, of
+    32 MB each. The order is that of `HostMixing`. It works on a CPU, too, where nothing runs beside anything.
     """
 
     def __init__(self, reader: RowReader, n_images: int, batch_size: int, n_readers: int, device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """Images a second of a capture at FLUX.1-dev's size. `python -m benchmarks.full_size.capture --json FILE`.
 
 Random weights, made on the GPU, go through what `fluxsae predict -c configs/flux-dev/capture.yaml` runs. Beside it, in
-the same process, runs the loop that one would write: diffusers' pipeline at batch 1 with a forward hook. `--tiny` runs
-all of it on a CPU in less than a minute, on 64×64 pixels and blocks of width 16, where the times mean little.
+the same process, runs the loop that one would write: diffusers' pipeline at batch 1 with a forward hook. `--schnell`
+takes FLUX.1-schnell's setting instead, `--pixels` another size. `--tiny` runs all of it on a CPU in less than a minute,
+on 64×64 pixels and blocks of width 16, where the times mean little.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from fluxsae.storage import write_json
 
 CONFIG = Path("configs/flux-dev/capture.yaml")
 MEMORY = Path("configs/flux-dev/memory")
+SCHNELL = {"n_steps": 4, "steps": [2], "text_length": 256}
+"""What FLUX.1-schnell's setting changes, beside its transformer, which has no guidance embedding."""
 
 
 class Case(NamedTuple):
@@ -51,11 +54,12 @@ class Result(NamedTuple):
 def cases(site: str, step: int) -> list[Case]:
     """Tokens of one site and step, with the pictures too, and three sites × three steps."""
     stem, number, rest = site.split(".", 2)
+    apart = max(1, step // 3)
     sites = [f"{stem}.{int(number) - back}.{rest}" for back in (8, 4, 0)]
     return [
         Case("tokens", {"images": False}),
         Case("tokens and images", {"images": True}),
-        Case("3 sites × 3 steps", {"images": False, "sites": sites, "steps": [step - 8, step - 4, step]}),
+        Case("3 sites × 3 steps", {"images": False, "sites": sites, "steps": [step - 2 * apart, step - apart, step]}),
     ]
 
 
@@ -89,17 +93,27 @@ class Bench:
         folder: for all that is written.
         card: gigabytes of the card to imitate, with that card's configuration; None for all there is.
         pixels: on a side of an image.
+        schnell: take FLUX.1-schnell's setting.
     """
 
     def __init__(
-        self, size: Size, device: torch.device, folder: Path, card: int | None = None, pixels: int = 256
+        self,
+        size: Size,
+        device: torch.device,
+        folder: Path,
+        card: int | None = None,
+        pixels: int = 256,
+        schnell: bool = False,
     ) -> None:
+        if schnell:
+            size = size._replace(transformer={**size.transformer, "guidance_embeds": False})
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device = device
         self.folder = folder
         self.configs = [CONFIG, *([] if card is None else [MEMORY / f"{card}GB.yaml"])]
         self.values = yaml.safe_load(CONFIG.read_text())
-        self.how: dict[str, Any] = {"height": pixels, "width": pixels, **self.values["model"]["init_args"]}
+        self.setting: dict[str, Any] = {"height": pixels, "width": pixels, **(SCHNELL if schnell else {})}
+        self.how: dict[str, Any] = self.values["model"]["init_args"] | self.setting
         self.frame = write_frame(folder / "model", size)
         self.pipe = random_pipeline(size, dtype, torch.device("cpu") if card else device)
         if card is not None and device.type == "cuda":
@@ -128,8 +142,7 @@ class Bench:
 
     def _predict(self, case: Case, n_prompts: int, batch_size: int, folder: Path) -> None:
         """The command itself, whose weights are at hand already."""
-        sides = {"height": self.how["height"], "width": self.how["width"]}
-        options = {"model": self.frame, "folder": folder, **sides, **case.options}
+        options = {"model": self.frame, "folder": folder, **self.setting, **case.options}
         arguments = [word for config in self.configs for word in ("-c", str(config))]
         arguments += [f"--model.init_args.{key}={value}" for key, value in options.items()]
         arguments += [f"--data.init_args.limit={n_prompts}", f"--data.init_args.batch_size={batch_size}"]
@@ -187,6 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--card", type=int, help="imitate a card of so many GB, by its file in configs/; without plain loop"
     )
+    parser.add_argument("--schnell", action="store_true", help="4 steps, 256 text tokens, no guidance embedding")
+    parser.add_argument("--pixels", type=int, help="on a side of an image; by default 256, with --tiny 64")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--plain", type=int, default=12, help="images of the plain loop")
     parser.add_argument("--prompts", type=int, default=48, help="prompts of each capture, four images each")
@@ -194,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device("cpu" if options.tiny else "cuda")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(TINY if options.tiny else FULL, device, Path(folder), options.card, 64 if options.tiny else 256)
+        pixels = options.pixels or (64 if options.tiny else 256)
+        size = TINY if options.tiny else FULL
+        bench = Bench(size, device, Path(folder), options.card, pixels, options.schnell)
         n_plain = 0 if options.card else options.plain
         results = compare(bench, n_plain, options.prompts, options.batch_size)
     if options.json is not None:

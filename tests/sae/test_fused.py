@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -107,6 +107,25 @@ def test_of_many_equal_entries_the_first_are_kept(k: int) -> None:
     order = pre.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
     expected = torch.zeros_like(pre).scatter(1, order, pre.gather(1, order)).clamp_min(0)
     assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize("k", [1, 3, 64, 70, 96, 300])
+def test_explain_gives_error_and_slopes(k: int) -> None:
+    """Below and above the k from which on its loop stays one."""
+    generator = torch.Generator(DEVICE).manual_seed(k)
+    how: dict[str, Any] = {"generator": generator, "device": DEVICE}
+    n, d_in, n_features = 5, 40, 400
+    rows, x = (torch.randn(m, d_in, **how) for m in (n_features, n))
+    values, scale = torch.rand(n, k, **how), torch.rand(n_features, **how)
+    indices = torch.stack([torch.randperm(n_features, **how)[:k] for _ in range(n)]).int()
+    error, slopes = torch.empty_like(x), x.new_empty(decoding.n_tiles(d_in), n, k)
+    squares = x.new_empty(len(slopes), n)
+    decoding.explain(values, indices, rows, scale, x, error, slopes, squares)
+    chosen_rows = (rows * scale[:, None])[indices.long()]
+    expected = torch.einsum("nk,nkd->nd", values, chosen_rows) - x
+    assert torch.allclose(error, expected, atol=1e-4) and len(slopes) > 1
+    assert torch.allclose(slopes.sum(0), torch.einsum("nkd,nd->nk", chosen_rows, expected), atol=1e-3)
+    assert torch.allclose(squares.sum(0), expected.square().sum(1), rtol=1e-5)
 
 
 def test_lists_hold_every_pair_once_in_order() -> None:

@@ -20,7 +20,7 @@ from fluxsae.sae.objective import squared_errors, token_weights
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 D_IN, N_FEATURES, N_TOKENS = 512, 4000, 8192
-KINDS: dict[str, Any] = {"sparse": (TopK, 32), "dense TopK": (TopK, 200), "L1": (L1, 0.1)}
+KINDS: dict[str, Any] = {"sparse": (TopK, 32), "sparse, k = 96": (TopK, 96), "dense TopK": (TopK, 200), "L1": (L1, 0.1)}
 
 
 def skewed_tokens(n_tokens: int, generator: torch.Generator) -> Tensor:

@@ -53,6 +53,7 @@ def explain(
         BLOCK_K=block_k,
         TILE=tile,
         CHUNK=min(4096 // block_k, tile) if block_k < 4096 else 1,
+        UNROLLED=block_k <= 64,  # beyond, the code would not fit the instruction cache of 128 KB
         num_warps=1,  # no sum crosses warps
     )
 
@@ -79,6 +80,7 @@ def _explain(
     BLOCK_K: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    UNROLLED: tl.constexpr,
 ):
     tile = tl.program_id(0) // n_tokens
     token = (tl.program_id(0) % n_tokens).to(tl.int64)
@@ -90,14 +92,28 @@ def _explain(
     at = feature.to(tl.int64) * d_in
     slope = tl.zeros([BLOCK_K], tl.float32)
     square = 0.0
-    for start in tl.static_range(0, TILE, CHUNK):
-        d = tile * TILE + start + tl.arange(0, CHUNK)
-        inside = d < d_in
-        w = tl.load(rows + at[:, None] + d[None, :], mask=kept[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        target = tl.load(x + token * d_in + d, mask=inside, other=0.0).to(tl.float32)
-        e = tl.sum(value[:, None] * w, 0) - target
-        tl.store(error + token * d_in + d, e.to(error.dtype.element_ty), mask=inside)
-        slope += tl.sum(w * e[None, :], 1)
-        square += tl.sum(e * e, 0)
+    if UNROLLED:
+        for start in tl.static_range(0, TILE, CHUNK):
+            more, length = _explain_chunk(rows, at, kept, value, x, error, token, d_in, tile * TILE + start, CHUNK)
+            slope += more
+            square += length
+    else:
+        for start in range(0, TILE, CHUNK):
+            more, length = _explain_chunk(rows, at, kept, value, x, error, token, d_in, tile * TILE + start, CHUNK)
+            slope += more
+            square += length
     tl.store(slopes + (tile.to(tl.int64) * n_tokens + token) * k + ks, slope * scale, mask=kept)
     tl.store(squares + tile * n_tokens + token, square)
+
+
+@no_type_check
+@triton.jit
+def _explain_chunk(rows, at, kept, value, x, error, token, d_in, begin, CHUNK: tl.constexpr):
+    """Write the error of some channels; what they add to the slopes and to the squared error."""
+    d = begin + tl.arange(0, CHUNK)
+    inside = d < d_in
+    w = tl.load(rows + at[:, None] + d[None, :], mask=kept[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    target = tl.load(x + token * d_in + d, mask=inside, other=0.0).to(tl.float32)
+    e = tl.sum(value[:, None] * w, 0) - target
+    tl.store(error + token * d_in + d, e.to(error.dtype.element_ty), mask=inside)
+    return tl.sum(w * e[None, :], 1), tl.sum(e * e, 0)

@@ -212,8 +212,8 @@ def head() -> str:
 
 
 def row(one: Timing) -> str:
-    numbers = [f"{one.milliseconds:.2f} ± {one.spread / 2:.2f}", f"{one.tokens:.2f}", f"{one.gigabytes:.2f}"]
-    numbers.append(f"{one.l0:.0f}")
+    time = f"{one.milliseconds:.2f} ± {one.spread / 2:.2f}"
+    numbers = [time, f"{one.tokens:.2f}", f"{one.gigabytes:.2f}", f"{one.l0:.0f}"]
     return _line([one.case.name, *numbers, *(f"{one.parts.get(part, 0):.2f}" for part in (*PARTS, "other"))])
 
 

@@ -131,7 +131,7 @@ class ActivationData(LightningDataModule):
         """Open the shards before anything expensive starts, so that a wrong folder ends the run at once."""
         for advice in _ADVICE:
             warnings.filterwarnings("ignore", message=advice)
-        if not self._with_tokens:
+        if not self.shard_set.with_tokens:
             raise ValueError(f"{self.shards} holds no images; capture some first.")
         if stage != "predict":
             n_images = min(map(len, self.split))
@@ -180,7 +180,7 @@ class ActivationData(LightningDataModule):
 
         With several processes, each takes one contiguous run of them.
         """
-        images = self._with_tokens if self.only is None else self.only.images()
+        images = self.shard_set.with_tokens if self.only is None else self.only.images()
         begin, end = (len(images) * (self._part.rank + i) // self._part.of for i in (0, 1))
         mine, readers = images[begin:end], self.readers or 2
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -192,10 +192,6 @@ class ActivationData(LightningDataModule):
         if isinstance(batch, StoredImages):
             return TokenBatch(batch.tokens(), batch.images)
         return batch.decoded() if isinstance(batch, Rows) else batch
-
-    @property
-    def _with_tokens(self) -> list[int]:
-        return [image for image in range(len(self.shard_set)) if image not in self.shard_set.skipped]
 
     @property
     def _part(self) -> Part:

@@ -8,7 +8,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -337,16 +337,24 @@ def test_text_encoders_are_gone_before_the_first_image(tiny_flux: Path, prompts:
     assert pipes and all(pipe.text_encoder is None and pipe.text_encoder_2 is None for pipe in pipes)
 
 
+@contextmanager
+def changed(at_site: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """What SITE gives is changed on its way."""
+
+    def load(*args: Any, **options: Any) -> FluxPipeline:
+        pipe = load_pipeline(*args, **options)
+        pipe.transformer.get_submodule(SITE).register_forward_hook(lambda m, i, out: at_site(out))
+        return pipe
+
+    with mock.patch.object(fluxsae.capture, "load_pipeline", load):
+        yield
+
+
 def test_a_value_that_is_not_finite_is_told_with_image_site_and_step(
     tiny_flux: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    def broken(*args: Any, **options: Any) -> FluxPipeline:
-        pipe = load_pipeline(*args, **options)
-        pipe.transformer.get_submodule(SITE).register_forward_hook(lambda m, i, out: out / torch.zeros(()))
-        return pipe
-
     with (
-        mock.patch.object(fluxsae.capture, "load_pipeline", broken),
+        changed(lambda out: out / torch.zeros(())),
         pytest.raises(ValueError, match=rf"image 0 \(prompt 'scene 0'\) at {SITE}, step 1, hold NaN or infinite"),
     ):
         run(capture(tiny_flux, tmp_path / "out", sites=[SITE]), data(prompts))
@@ -354,18 +362,9 @@ def test_a_value_that_is_not_finite_is_told_with_image_site_and_step(
 
 
 def test_tokens_that_are_not_finite_are_skipped_by_choice(tiny_flux: Path, prompts: Path, tmp_path: Path) -> None:
-    def broken(*args: Any, **options: Any) -> FluxPipeline:
-        pipe = load_pipeline(*args, **options)
-
-        def second_is_nan(module: Any, inputs: Any, out: torch.Tensor) -> torch.Tensor:
-            return torch.cat([out[:1], out[1:2] * torch.nan, out[2:]])
-
-        pipe.transformer.get_submodule(SITE).register_forward_hook(second_is_nan)
-        return pipe
-
     options: dict[str, Any] = {"sites": [SITE], "steps": [1], "images": False}
     run(capture(tiny_flux, tmp_path / "whole", **options), data(prompts))
-    with mock.patch.object(fluxsae.capture, "load_pipeline", broken):
+    with changed(lambda out: torch.cat([out[:1], out[1:2] * torch.nan, out[2:]])):
         run(capture(tiny_flux, tmp_path / "out", not_finite="skip", **options), data(prompts))
     whole, found = (ShardSet.open(set_folder(tmp_path / name, SITE, 1)) for name in ("whole", "out"))
     assert found.skipped == {1, 5, 9}  # the second of each batch that has two

@@ -13,8 +13,7 @@ import gc
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ import torch
 import yaml
 
 from benchmarks.full_size import scores
-from benchmarks.full_size.capture import CONFIG, Bench, Result, cases, told, write_head
+from benchmarks.full_size.capture import CONFIG, Bench, Result, cases, compare
 from benchmarks.full_size.model import FULL, TINY
 from fluxsae.analysis.maps import MapFile
 from fluxsae.cli import main as fluxsae_main
@@ -59,7 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
         bench = Bench(TINY if options.tiny else FULL, device, folder, pixels=64 if options.tiny else 256)
-        captures = compare(bench, options)
+        tokens, with_images, several = cases(bench.how)  # of which the one with images stays, for the study
+        work = [(tokens, options.prompts), (several, options.prompts), (with_images, options.study)]
+        captures = compare(bench, options.plain, work, options.batch_size)
         print(f"\n{'':<20}{'seconds':>9}{'a second':>18}{'device GB':>11}{'host GB':>9}", flush=True)
         stages = study(bench, folder / "study", captures, options)
         megabytes = sum(path.stat().st_size for path in (folder / captures[-1].name).rglob("*") if path.is_file()) / 1e6
@@ -72,25 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.json, {"device": where, "torch": torch.__version__, **found})
 
 
-def compare(bench: Bench, options: argparse.Namespace) -> list[Result]:
-    """The plain loop, captures of tokens, and as the last one the capture with images, which stays."""
-    write_head()
-    plain = told(bench.plain(options.plain)._replace(ratio=1.0))
-    tokens, with_images, several = cases(bench.how["sites"][0], bench.how["steps"][0])
-    found = [plain]
-    for case, n_prompts in ((tokens, options.prompts), (several, options.prompts), (with_images, options.study)):
-        result = bench.capture(case, n_prompts, options.batch_size)
-        found.append(told(result._replace(ratio=result.images_per_second / plain.images_per_second)))
-    return found
-
-
 def study(bench: Bench, folder: Path, captures: Sequence[Result], options: argparse.Namespace) -> list[Stage]:
     """The commands behind the capture that stands in `bench.folder`, without the FLUX."""
     folder.mkdir()
     capture = bench.folder / captures[-1].name
     (folder / "capture").symlink_to(capture)
     [tokens] = capture.glob("*/step-*")
-    n_images, n_tokens = len(ShardSet.open(tokens)), ShardSet.open(tokens).statistics.n_tokens
+    shards = ShardSet.open(tokens)
     del bench.pipe
     gc.collect()
     if not options.tiny:
@@ -99,11 +88,17 @@ def study(bench: Bench, folder: Path, captures: Sequence[Result], options: argpa
 
     def stage(verb: str, name: str, count: Callable[[], int], unit: str) -> None:
         config = rewritten(name, folder, tokens, options.tiny)
-        with measured(options.tiny) as took:
-            code = fluxsae_main([verb, "-c", str(config)])
+        if not options.tiny:
+            torch.cuda.reset_peak_memory_stats()
+        host, begin = PeakMemory(), time.perf_counter()
+        host.start()
+        code = fluxsae_main([verb, "-c", str(config)])
+        seconds = time.perf_counter() - begin
+        host.stop()
         if code != 0:
             raise RuntimeError(f"fluxsae {verb} of {name} ended with code {code}, expected 0; its message is above.")
-        one = Stage(name, took[0], count(), unit, *took[1:])
+        device_gigabytes = 0.0 if options.tiny else torch.cuda.max_memory_allocated() / 1e9
+        one = Stage(name, seconds, count(), unit, device_gigabytes, host.gigabytes)
         rate = f"{one.n / one.seconds:,.1f} {unit}"
         print(
             f"{name:<20}{one.seconds:>9.1f}{rate:>18}{one.device_gigabytes:>11.1f}{one.host_gigabytes:>9.1f}",
@@ -111,9 +106,9 @@ def study(bench: Bench, folder: Path, captures: Sequence[Result], options: argpa
         )
         found.append(one)
 
-    print(f"{n_images:,} images, {n_tokens:,} tokens", flush=True)
+    print(f"{len(shards):,} images, {shards.statistics.n_tokens:,} tokens", flush=True)
     stage("fit", "topk", lambda: int(read_json(folder / "sae" / "config.json")["training"]["tokens_seen"]), "tokens")
-    stage("predict", "scores", lambda: n_images, "images")
+    stage("predict", "scores", lambda: len(shards), "images")
     stage("predict", "overlays", lambda: len(MapFile.open(folder / "overlays").index), "maps")
     return found
 
@@ -142,28 +137,21 @@ def rewritten(name: str, folder: Path, tokens: Path, tiny: bool) -> Path:
     return path
 
 
-@contextmanager
-def measured(on_host: bool) -> Iterator[list[float]]:
-    """Filled at the end: seconds, and the most memory meanwhile, of the device and (private) of the host, in GB."""
-    took: list[float] = []
-    ended, peak = threading.Event(), [0.0]
+class PeakMemory(threading.Thread):
+    """The most private memory of this process until `stop`, in GB."""
 
-    def watch() -> None:
-        while not ended.wait(0.02):
-            peak[0] = max(peak[0], scores.private_megabytes() / 1e3)
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.gigabytes = 0.0
+        self._ended = threading.Event()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    if not on_host:
-        torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
-    thread.start()
-    try:
-        yield took
-    finally:
-        ended.set()
-        thread.join()
-    seconds = time.perf_counter() - begin
-    took += [seconds, 0.0 if on_host else torch.cuda.max_memory_allocated() / 1e9, peak[0]]
+    def run(self) -> None:
+        while not self._ended.wait(0.02):
+            self.gigabytes = max(self.gigabytes, scores.private_megabytes() / 1e3)
+
+    def stop(self) -> None:
+        self._ended.set()
+        self.join()
 
 
 def score_rates(options: argparse.Namespace) -> list[Any]:

@@ -51,8 +51,9 @@ class Result(NamedTuple):
     gigabytes: float
 
 
-def cases(site: str, step: int) -> list[Case]:
+def cases(how: dict[str, Any]) -> list[Case]:
     """Tokens of one site and step, with the pictures too, and three sites × three steps."""
+    site, step = how["sites"][0], how["steps"][0]
     stem, number, rest = site.split(".", 2)
     apart = max(1, step // 3)
     sites = [f"{stem}.{int(number) - back}.{rest}" for back in (8, 4, 0)]
@@ -167,12 +168,14 @@ class Bench:
         return Result(name, n_images, seconds, n_images / seconds, None, gigabytes)
 
 
-def compare(bench: Bench, n_plain: int, n_prompts: int, batch_size: int) -> list[Result]:
-    """The plain loop, where `n_plain` is not 0, and all cases beside it; a table's line is printed for each."""
-    how = bench.how
-    write_head()
+def compare(bench: Bench, n_plain: int, work: Sequence[tuple[Case, int]], batch_size: int) -> list[Result]:
+    """The plain loop, where `n_plain` is not 0, and all of `cases` beside it, each with so many prompts.
+
+    A table's line is printed for each.
+    """
+    print(f"{'':<20}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}", flush=True)
     found = [told(bench.plain(n_plain)._replace(ratio=1.0))] if n_plain else []
-    for case in cases(how["sites"][0], how["steps"][0]):
+    for case, n_prompts in work:
         result = bench.capture(case, n_prompts, batch_size)
         ratio = result.images_per_second / found[0].images_per_second if n_plain else None
         found.append(told(result._replace(ratio=ratio)))
@@ -180,10 +183,6 @@ def compare(bench: Bench, n_plain: int, n_prompts: int, batch_size: int) -> list
     more = one.images_per_second / several.images_per_second - 1
     print(f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one.")
     return found
-
-
-def write_head() -> None:
-    print(f"{'':<20}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}", flush=True)
 
 
 def told(result: Result) -> Result:
@@ -213,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         size = TINY if options.tiny else FULL
         bench = Bench(size, device, Path(folder), options.card, pixels, options.schnell)
         n_plain = 0 if options.card else options.plain
-        results = compare(bench, n_plain, options.prompts, options.batch_size)
+        work = [(case, options.prompts) for case in cases(bench.how)]
+        results = compare(bench, n_plain, work, options.batch_size)
     if options.json is not None:
         where = "CPU" if options.tiny else torch.cuda.get_device_name(device)
         write_json(

@@ -56,18 +56,17 @@ class ScoresWriter(OneRunOnly):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._matrix is not None
         n_images, n_features = self._matrix.array.shape
-        n_rows, skipped = self._matrix.n_written(trainer), sorted(all_shards(trainer).skipped)
-        if n_rows != n_images - len(skipped):
-            expected = n_images - len(skipped)
+        n_rows, shards = self._matrix.n_written(trainer), all_shards(trainer)
+        if n_rows != len(shards.with_tokens):
+            expected = len(shards.with_tokens)
             raise ValueError(f"{n_rows} images were scored but the shards hold {expected}; score all of them.")
         if trainer.is_global_zero:
             self._matrix.finish()
             if self.by_feature:
                 write_by_feature(np.load(self.folder / MATRIX, mmap_mode="r"), self.folder)
-            shards = all_shards(trainer)
             write_images(self.folder / IMAGES, shards, self.prompts)
             summary = {"n_images": n_images, "n_features": n_features, "spec": shards.spec.to_dict()}
-            summary |= {"skipped": skipped} if skipped else {}
+            summary |= {"skipped": sorted(shards.skipped)} if shards.skipped else {}
             write_json(self.folder / SUMMARY, summary)
         trainer.strategy.barrier("scores")
 

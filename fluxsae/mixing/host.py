@@ -26,6 +26,7 @@ class Filling(NamedTuple):
 
     rows: Rows
     reads: list[Future[None]]
+    ends_epoch: bool
 
     def wait(self) -> Rows:
         for read in self.reads:
@@ -60,9 +61,8 @@ class HostMixing:
         chunk, rest = next(chunks, None), None
         ahead = None if chunk is None else self._fill(chunk, rest, readers)
         while ahead is not None:
-            assert chunk is not None
-            ends_epoch, chunk = chunk.ends_epoch, next(chunks, None)  # drawn while the last one is being read
-            rows, ahead = ahead.wait(), None
+            chunk = next(chunks, None)  # drawn while the last one is being read
+            rows, ends_epoch, ahead = ahead.wait(), ahead.ends_epoch, None
             n_batched = len(rows.tokens) // self.batch_size * self.batch_size
             rest = None if ends_epoch else rows.part(n_batched, len(rows.tokens))
             n = len(rows.tokens) if ends_epoch else n_batched
@@ -89,4 +89,4 @@ class HostMixing:
         for i in range(0, len(chunk.images), self.images_per_task):
             some = slice(i, i + self.images_per_task)
             reads.append(readers.submit(self.reader.read, chunk.images[some], rows, place_of[some]))
-        return Filling(rows.part(0, n_rest + n - chunk.n_skipped), reads)
+        return Filling(rows.part(0, n_rest + n - chunk.n_skipped), reads, chunk.ends_epoch)

@@ -101,20 +101,21 @@ class MixedTokens(IterableDataset[Rows]):
         epoch = self.epoch
         if self._coming is None or self._coming.epoch != epoch or self.n_skipped:
             self.close()
-            self._coming = _Coming(epoch, self.mixing.batches(self._chunks(epoch, self.n_skipped)))
-        coming, self._coming = self._coming, None
+            batches = self.mixing.batches(self._chunks(epoch, self.n_skipped))
+        else:
+            batches, self._coming = self._coming.batches, None
         n_given = 0
         try:
-            while n_given < n_batches and (batch := next(coming.batches, None)) is not None:
+            while n_given < n_batches and (batch := next(batches, None)) is not None:
                 n_given += 1
                 yield batch
         finally:  # whoever has counted the batches asks for none behind the last
             if n_given == n_batches and not self._is_last(epoch):
-                while next(coming.batches, None) is not None:
+                while next(batches, None) is not None:
                     pass
-                self._coming = _Coming(epoch + 1, coming.batches)
+                self._coming = _Coming(epoch + 1, batches)
             else:
-                coming.batches.close()
+                batches.close()
 
     def _chunks(self, epoch: int, n_skipped: int) -> Iterator[Chunk]:
         """Those of an epoch, but for the first `n_skipped` batches, and of all that follow it."""

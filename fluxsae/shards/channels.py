@@ -60,7 +60,7 @@ class Channels(NamedTuple):
 
 def describe_channels(shards: ShardSet, n_tokens: int = 2**14) -> Channels:
     """From about so many tokens, those of images that are evenly spread over a set of tokens."""
-    images = [image for image in range(len(shards)) if image not in shards.skipped]
+    images = shards.with_tokens
     n_images = min(len(images), max(1, n_tokens // shards.spec.n_tokens))
     shift: Tensor | None = None
     sums, squares, lost, n = torch.zeros(()), torch.zeros(()), 0.0, 0

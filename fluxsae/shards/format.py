@@ -148,11 +148,6 @@ class ShardMetadata:
     def n_images(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
-    @property
-    def skipped(self) -> frozenset[int]:
-        """Images without tokens, as those were not finite."""
-        return frozenset(image for shard in self.shards for image in shard.skipped)
-
     def to_dict(self) -> dict[str, Any]:
         numbers = self.statistics
         return sealed(

@@ -58,7 +58,6 @@ class ShardSet:
         self.folder = folder
         self.metadata = metadata
         self._n_images = metadata.n_images
-        self._skipped = metadata.skipped
         self._first = [shard.first_image for shard in metadata.shards]
         self._tars: dict[int, Tar] = {}
         self._indices: dict[int, dict[str, Member]] = {}
@@ -85,10 +84,15 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tars": {}}
 
-    @property
+    @cached_property
     def skipped(self) -> frozenset[int]:
         """Images whose tokens were not finite when they were captured; zeros are in their place."""
-        return self._skipped
+        return frozenset(image for shard in self.metadata.shards for image in shard.skipped)
+
+    @cached_property
+    def with_tokens(self) -> list[int]:
+        """All other images, ascending."""
+        return [image for image in range(len(self)) if image not in self.skipped]
 
     @property
     def generation(self) -> GenerationSpec:

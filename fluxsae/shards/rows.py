@@ -214,9 +214,9 @@ def _copied(
     return True
 
 
-def _sized(addresses: UInt64[np.ndarray, "N"], size: int) -> UInt64[np.ndarray, "N 2"]:
-    """Pieces of memory of one size, as struct iovec."""
-    return np.stack([addresses, np.full_like(addresses, size)], axis=1)
+def _sized(addresses: UInt64[np.ndarray, "*shape"], size: int) -> UInt64[np.ndarray, "*shape 2"]:
+    """Pieces of memory of one size, as struct iovec: an address and a length."""
+    return np.stack([addresses, np.full_like(addresses, size)], axis=-1)
 
 
 def _end(layout: Layout) -> int:
@@ -233,12 +233,9 @@ def _is_in_memory(address: int) -> bool:
 
 
 def _pieces(rows: Tensor, places: Int64[np.ndarray, "I P"]) -> UInt64[np.ndarray, "I P 2"]:
-    """Where the rows at `places` are in memory, as struct iovec: an address and a length."""
+    """Where the rows at `places` are in memory."""
     size = rows.shape[1] * rows.itemsize
-    pieces = np.empty((*places.shape, 2), np.uint64)
-    pieces[..., 0] = rows.data_ptr() + places * size
-    pieces[..., 1] = size
-    return pieces
+    return _sized((rows.data_ptr() + places * size).astype(np.uint64), size)
 
 
 def _whole(rows: Tensor) -> UInt64[np.ndarray, "I 1 2"]:

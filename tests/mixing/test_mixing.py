@@ -47,39 +47,26 @@ def plain_order(shards: ShardSet, n_images: int, buffer_images: int, part: Part 
     return torch.cat([shards.tokens_batch(chunk.images).flatten(0, 1)[chunk.order] for chunk in chunks])
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    n_images=st.integers(3, 24),
-    batch_size=st.integers(1, 100),
-    buffer_images=st.integers(1, 30),
-    rank=st.integers(0, 2),
-    readers=st.integers(1, 3),
-    on_device=st.booleans(),
-    n_skipped=st.integers(0, 5),
+HOW = st.fixed_dictionaries(
+    {
+        "batch_size": st.integers(1, 100),
+        "buffer_images": st.integers(1, 30),
+        "readers": st.integers(1, 3),
+        "device": st.sampled_from([None, CPU]),
+    }
 )
+"""Ways to mix."""
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_images=st.integers(3, 24), how=HOW, rank=st.integers(0, 2), n_skipped=st.integers(0, 5))
 def test_the_order_is_the_plain_one_however_it_is_read(
-    shards: ShardSet,
-    n_images: int,
-    batch_size: int,
-    buffer_images: int,
-    rank: int,
-    readers: int,
-    on_device: bool,
-    n_skipped: int,
+    shards: ShardSet, n_images: int, how: dict[str, Any], rank: int, n_skipped: int
 ) -> None:
     part = Part(rank, 3)
-    data = MixedTokens(
-        shards,
-        range(n_images),
-        batch_size=batch_size,
-        buffer_images=buffer_images,
-        seed=3,
-        part=part,
-        readers=readers,
-        device=CPU if on_device else None,
-    )
+    data = MixedTokens(shards, range(n_images), seed=3, part=part, **how)
     data.epoch, data.n_skipped = 1, min(n_skipped, len(data))
-    expected = plain_order(shards, n_images, buffer_images, part).split(batch_size)[: len(data)]
+    expected = plain_order(shards, n_images, how["buffer_images"], part).split(how["batch_size"])[: len(data)]
     batches = list(data)  # all held at a time: none may be written over
     assert len(batches) == len(data) - data.n_skipped
     for batch, wanted in zip(batches, expected[data.n_skipped :], strict=True):
@@ -89,10 +76,8 @@ def test_the_order_is_the_plain_one_however_it_is_read(
 @settings(max_examples=40, deadline=None)
 @given(
     n_images=st.integers(2, 24),
-    batch_size=st.integers(1, 100),
-    buffer_images=st.integers(1, 30),
+    how=HOW,
     rank=st.integers(0, 1),
-    on_device=st.booleans(),
     n_skipped=st.integers(0, 5),
     asks_behind_the_last=st.booleans(),
     gives_up=st.booleans(),
@@ -100,28 +85,17 @@ def test_the_order_is_the_plain_one_however_it_is_read(
 def test_epochs_that_follow_each_other_are_those_alone(
     shards: ShardSet,
     n_images: int,
-    batch_size: int,
-    buffer_images: int,
+    how: dict[str, Any],
     rank: int,
-    on_device: bool,
     n_skipped: int,
     asks_behind_the_last: bool,
     gives_up: bool,
 ) -> None:
     part, before = Part(rank, 2), threading.active_count()
-    data = MixedTokens(
-        shards,
-        range(n_images),
-        batch_size=batch_size,
-        buffer_images=buffer_images,
-        seed=3,
-        part=part,
-        device=CPU if on_device else None,
-        last_epoch=3,
-    )
+    data = MixedTokens(shards, range(n_images), seed=3, part=part, last_epoch=3, **how)
     for epoch in (1, 2, 2, 3):
         data.epoch, data.n_skipped = epoch, min(n_skipped, len(data)) if epoch == 1 else 0
-        expected = plain_order(shards, n_images, buffer_images, part, epoch).split(batch_size)
+        expected = plain_order(shards, n_images, how["buffer_images"], part, epoch).split(how["batch_size"])
         expected = expected[data.n_skipped : len(data)]
         if gives_up and epoch == 2:
             expected = expected[: len(expected) // 2]

@@ -39,7 +39,7 @@ from fluxsae.flux.shapes import token_shapes
 from fluxsae.one_run import OneRunOnly
 from fluxsae.prompts import prompts_hash
 from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
-from fluxsae.shards.background import Background, HostCopy
+from fluxsae.shards.background import Background, HostCopy, side_by_side
 from fluxsae.shards.channels import describe_channels
 from fluxsae.shards.format import SampleRecord, Storage
 from fluxsae.shards.read import ShardSet
@@ -189,14 +189,20 @@ class FluxCapture(LightningModule):
         )
         self.trainer.strategy.barrier("captured")
         if self.trainer.is_global_zero:
-            for one in self.sets:
-                one.writer.finalise(self.data.n_shards)
-                if one.site is not None and one.missing:
-                    shards = ShardSet.open(set_folder(self.folder, one.site, one.step))
-                    logger.info("%s, step %d: %s", one.site, one.step, describe_channels(shards))
+            for line in side_by_side(self._finish, self.sets):
+                if line is not None:
+                    logger.info("%s", line)
             for left_over in (self.folder / "embeddings").glob(".*"):  # of a process that was killed
                 left_over.unlink()
         self.trainer.strategy.barrier("finalised")
+
+    def _finish(self, one: CaptureSet) -> str | None:
+        """Write a set's metadata; what is to be said about its channels, where it has grown."""
+        one.writer.finalise(self.data.n_shards)
+        if one.site is None or not one.missing:
+            return None
+        shards = ShardSet.open(set_folder(self.folder, one.site, one.step))
+        return f"{one.site}, step {one.step}: {describe_channels(shards)}"
 
     def abandon(self) -> None:
         """Stop writing; what of a shard is on the disk in whole batches stays for the next run."""
@@ -278,11 +284,11 @@ class FluxCapture(LightningModule):
 
 
 def _write(batch: RequestBatch, pending: Sequence[CaptureSet], copies: Sequence[HostCopy]) -> None:
-    for one, copy in zip(pending, copies, strict=True):
-        _write_one(one, batch, copy.wait())
+    side_by_side(lambda pair: _write_one(*pair, batch), list(zip(pending, copies, strict=True)))
 
 
-def _write_one(one: CaptureSet, batch: RequestBatch, values: Float[Tensor, "B T D"] | UInt8[Tensor, "B H W 3"]) -> None:
+def _write_one(one: CaptureSet, copy: HostCopy, batch: RequestBatch) -> None:
+    values: Float[Tensor, "B T D"] | UInt8[Tensor, "B H W 3"] = copy.wait()
     payloads = pictures(values) if one.site is None else values
     for request, payload in zip(batch.requests, payloads, strict=True):
         if request.image >= one.end_of_kept(batch.shard):

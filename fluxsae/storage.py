@@ -8,8 +8,9 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from glob import escape
 from pathlib import Path
@@ -32,13 +33,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     with naming(path):
         check_claims()
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL, 0o666))
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
+            temporary.chmod(mode)  # of any new file, whatever a library has made of it
             put_in_place(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -46,7 +48,6 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 def put_in_place(temporary: Path, path: Path) -> None:
     """Give a finished file its name, for good. What it holds must have reached the disk."""
-    temporary.chmod(0o666 & ~_umask())
     check_claims()
     temporary.replace(path)
     _sync_folder(path.parent)
@@ -70,7 +71,7 @@ def naming(path: Path) -> Iterator[None]:
 def remove_parts(path: str | Path) -> None:
     """Remove what processes that were killed while they wrote `path` left; for when none is writing it."""
     path = Path(path)
-    for part in path.parent.glob(f".{escape(path.stem)}-{'[a-z0-9_]' * 8}{escape(path.suffix)}"):
+    for part in path.parent.glob(f".{escape(path.stem)}-{'[0-9a-f]' * 8}{escape(path.suffix)}"):
         part.unlink(missing_ok=True)
 
 
@@ -149,12 +150,6 @@ def _field(value: Any) -> str:
 
 def _unquote(value: str) -> str:
     return value[1:] if value and value.startswith("'") else value
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync_folder(folder: Path) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from fluxsae.storage import read_json, remove_parts, sealed, unsealed, whole_file, write_json
 
@@ -36,3 +41,17 @@ def test_parts_of_one_file_are_removed_and_no_others(tmp_path: Path) -> None:
     remove_parts(tmp_path / "top.json")
     assert [part.exists() for part in parts] == [False, True, True]
     assert json.loads((tmp_path / "top.json").read_text()) == "top.json"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_of_any_new_file(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_json(tmp_path / "a.json", 1)
+        with whole_file(tmp_path / "a.safetensors") as temporary:
+            save_file({"x": torch.zeros(3)}, temporary)
+        with whole_file(tmp_path / "a.png") as temporary:
+            Image.new("RGB", (2, 2)).save(temporary)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}

@@ -1,34 +1,39 @@
 """Mixes training tokens in the memory of the device that trains on them.
 
-Readers copy whole images from the shards' pages to a ring of page-locked slots. From there they go to the device
-beside the computation, as they are stored; a batch is gathered on the device.
-Legend: B batch, N tokens of a chunk, T tokens an image, D width.
+Another process copies whole images from the shards' pages to a ring of page-locked slots. From there they go to the
+device beside the computation, as they are stored; a batch is gathered on the device. What this process does about it is
+a few calls a batch, made when the batch is asked for.
+Legend: B batch, I images, N tokens of a chunk, T tokens an image, D width.
 """
 
 from __future__ import annotations
 
+import mmap
+import warnings
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+from contextlib import closing
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from fluxsae.mixing.copier import Copier, Span
 from fluxsae.mixing.memory import threads
 from fluxsae.mixing.order import Chunk
 from fluxsae.shards.rows import RowReader, Rows
 
-_SLOT = 2**25
-"""Bytes of a slot, about: enough for what the interpreter does about it not to matter, beside a training as well."""
+_SLOT = 2**24
+"""Bytes of a slot, about: enough for what the interpreter does about it not to matter."""
 
 
-class Slot(NamedTuple):
-    """Host memory for some images on their way to the device, and the event of their arrival there."""
+class Located(NamedTuple):
+    """A chunk, and where its images lie: see `RowReader.located`."""
 
-    rows: Rows
-    arrival: torch.cuda.Event | None
+    chunk: Chunk
+    places: Int64[np.ndarray, "I 3"]
 
 
 class Filling(NamedTuple):
@@ -36,7 +41,6 @@ class Filling(NamedTuple):
 
     rows: Rows
     order: Int64[Tensor, "N"]
-    reads: list[Future[None]]
     ends_epoch: bool
 
 
@@ -44,8 +48,8 @@ class DeviceMixing:
     """Two pieces of device memory, one gathered from while the other is filled, of `n_images` images each.
 
     Together they hold 2 · n_images · T tokens as they are stored: 3.2 GB for 1,024 images of 256 tokens and 3,072
-    channels in bf16, half of that in fp8. Of the host's memory, slots for two more than there are readers are taken, of
-    32 MB each. The order is that of `HostMixing`. It works on a CPU, too, where nothing runs beside anything.
+    channels in bf16, half of that in fp8. Of the host's memory, two slots are taken for each reader and two more, of
+    16 MB each. The order is that of `HostMixing`. It works on a CPU, too, where copies run beside nothing.
     """
 
     def __init__(self, reader: RowReader, n_images: int, batch_size: int, n_readers: int, device: torch.device) -> None:
@@ -66,47 +70,46 @@ class DeviceMixing:
 
         ValueError for a damaged shard.
         """
-        ring = Ring(self.reader, self.images_per_slot, self.n_readers + 2, self.device)
         pieces = [self._piece() for _ in range(2)]
-        try:
-            with threads(self.n_readers, self.device) as readers:
-                yield from self._gathered(self._filled(chunks, pieces, ring, readers))
-        finally:
-            ring.before_computation()  # whoever gets this memory next must not use it while it is written to
+        with closing(Ring(self.reader, self.images_per_slot, self.n_readers, self.device)) as ring:
+            yield from self._gathered(self._filled(chunks, pieces, ring), ring)
 
-    def _filled(
-        self, chunks: Iterator[Chunk], pieces: Sequence[Rows], ring: Ring, readers: ThreadPoolExecutor
-    ) -> Iterator[Filling]:
+    def _filled(self, chunks: Iterator[Chunk], pieces: Sequence[Rows], ring: Ring) -> Iterator[Filling]:
         """Every chunk when it is on the device; while its batches are asked for, the next one is read."""
-        chunk, i = next(chunks, None), 0
-        ahead = None if chunk is None else self._fill(chunk, pieces[0], ring, readers)
-        while ahead is not None:
-            now, ahead, chunk, i = ahead, None, next(chunks, None), i + 1
-            for read in now.reads:
-                read.result()
-            ring.before_computation()
-            if chunk is not None:  # into the other piece, from which all batches have been gathered, or will be before
-                ahead = self._fill(chunk, pieces[i % 2], ring, readers)
-            yield now
 
-    def _fill(self, chunk: Chunk, piece: Rows, ring: Ring, readers: ThreadPoolExecutor) -> Filling:
-        ring.after_computation()
+        def next_located() -> Located | None:
+            chunk = next(chunks, None)
+            return None if chunk is None else Located(chunk, self.reader.located(chunk.images))
+
+        with threads(1) as beside:  # to draw a permutation, and find images, takes longer than a step
+            found, coming, i = next_located(), beside.submit(next_located), 0
+            ahead = None if found is None else self._fill(found, pieces[0], ring)
+            while ahead is not None:
+                ring.finish()
+                now, found, i = ahead, coming.result(), i + 1
+                coming = beside.submit(next_located)
+                # Into the other piece, from which all batches have been gathered, or will be before.
+                ahead = None if found is None else self._fill(found, pieces[i % 2], ring)
+                yield now
+
+    def _fill(self, found: Located, piece: Rows, ring: Ring) -> Filling:
+        chunk, n_tokens = found.chunk, self.reader.n_tokens
         order = chunk.order[chunk.n_skipped :]
         order = (order.pin_memory() if ring.side is not None else order).to(self.device, non_blocking=True)
-        reads = []
+        ring.after_computation()
         for i in range(0, len(chunk.images), self.images_per_slot):
             images = chunk.images[i : i + self.images_per_slot]
-            begin = i * self.reader.n_tokens
-            rows = piece.part(begin, begin + len(images) * self.reader.n_tokens)
-            reads.append(readers.submit(ring.carry, images, rows))
-        return Filling(piece, order, reads, chunk.ends_epoch)
+            rows = piece.part(i * n_tokens, (i + len(images)) * n_tokens)
+            ring.put(Job(images, found.places[i : i + len(images)], rows))
+        return Filling(piece, order, chunk.ends_epoch)
 
-    def _gathered(self, fillings: Iterable[Filling]) -> Iterator[Rows | None]:
+    def _gathered(self, fillings: Iterable[Filling], ring: Ring) -> Iterator[Rows | None]:
         waiting: Rows | None = None
-        for rows, order, _, ends_epoch in fillings:
+        for rows, order, ends_epoch in fillings:
             begin, end = 0, self.batch_size - (0 if waiting is None else len(waiting.tokens))
             while end <= len(order):
                 new = rows.taken(order[begin:end])
+                ring.go_on()
                 yield new if waiting is None else waiting.followed_by(new)
                 waiting, begin, end = None, end, end + self.batch_size
             rest = rows.taken(order[begin:])
@@ -123,44 +126,117 @@ class DeviceMixing:
         return self.reader.format.rows(n, memory)
 
 
-class Ring:
-    """Slots in which images wait for their copy to the device, on a stream of its own where there are streams."""
+class Slot(NamedTuple):
+    """Host memory for some images on their way to the device, where it begins, and the event of its arrival there."""
 
-    def __init__(self, reader: RowReader, images_per_slot: int, n_slots: int, device: torch.device) -> None:
+    number: int
+    begin: int
+    rows: Rows
+    arrival: torch.cuda.Event | None
+
+
+class Job(NamedTuple):
+    """Images that lie at `places`, wanted in `rows`, one after the other."""
+
+    images: Sequence[int]
+    places: Int64[np.ndarray, "I 3"]
+    rows: Rows
+
+
+class Ring:
+    """Slots that another process fills; from each, images go to the device, on a stream of its own where there are any.
+
+    Everything that this process does about them happens within `put`, `go_on` and `finish`.
+    """
+
+    def __init__(self, reader: RowReader, images_per_slot: int, n_readers: int, device: torch.device) -> None:
         self.reader = reader
-        self.device = device
         on_cuda = device.type == "cuda"
         self.side = torch.cuda.Stream(device) if on_cuda else None
         self.computation = torch.cuda.current_stream(device) if on_cuda else None
-        self._slots: SimpleQueue[Slot] = SimpleQueue()
-        n = images_per_slot * reader.n_tokens
-        for _ in range(n_slots):
-            memory = torch.empty(reader.format.n_bytes(n), dtype=torch.uint8, pin_memory=on_cuda)
-            # Blocking events: whoever waits for one sleeps, as the processor has other readers.
-            arrival = torch.cuda.Event(blocking=True) if on_cuda else None
-            self._slots.put(Slot(reader.format.rows(n, memory), arrival))
+        n_rows = images_per_slot * reader.n_tokens
+        n_bytes = -(-reader.format.n_bytes(n_rows) // mmap.PAGESIZE) * mmap.PAGESIZE
+        n_slots = 2 * n_readers + 2  # for those that read, those that wait for them, and those on their way
+        self._copier = Copier(reader.shards.paths, n_slots * n_bytes, n_readers)
+        self._memory = torch.frombuffer(self._copier.memory, dtype=torch.uint8)
+        self._locked = on_cuda and _lock(self._memory)
+        self._free: list[Slot] = []
+        for i in range(n_slots):
+            rows = reader.format.rows(n_rows, self._memory[i * n_bytes :])
+            self._free.append(Slot(i, i * n_bytes, rows, torch.cuda.Event(blocking=True) if on_cuda else None))
+        self._waiting: deque[Job] = deque()
+        self._reading: dict[int, tuple[Slot, Job]] = {}
+        self._leaving: deque[Slot] = deque()
 
-    def carry(self, images: Sequence[int], rows: Rows) -> None:
-        """Read `images` and send them to `rows`, in order; waits where all slots are on their way."""
-        slot = self._slots.get()
-        try:
-            if slot.arrival is not None and not slot.arrival.query():
-                slot.arrival.synchronize()
-            part = slot.rows.part(0, len(rows.tokens))
-            self.reader.read_in_order(images, part)
+    def put(self, job: Job) -> None:
+        """Have images read and sent after all that were put before."""
+        self._waiting.append(job)
+        self._read_more()
+
+    def go_on(self, wait: bool = False) -> None:
+        """Send what has been read, and have more read; `wait` until there is something to do."""
+        if wait and not self._reading and self._leaving and (arrival := self._leaving[0].arrival) is not None:
+            arrival.synchronize()
+        for number, whole in self._copier.done(wait and bool(self._reading)):
+            slot, job = self._reading.pop(number)
+            part = slot.rows.part(0, len(job.rows.tokens))
+            if not whole:
+                self.reader.read_in_order(job.images, part)  # which tells what is wrong
             with torch.cuda.stream(self.side):  # does nothing where there is none
-                rows.copy_(part)
+                job.rows.copy_(part)
                 if slot.arrival is not None:
                     slot.arrival.record(self.side)
-        finally:
-            self._slots.put(slot)
+            self._leaving.append(slot)
+        self._read_more()
+
+    def finish(self) -> None:
+        """Return when all that was put is on its way; what the device computes from now on waits for it."""
+        while self._waiting or self._reading:
+            self.go_on(wait=True)
+        self._before_computation()
 
     def after_computation(self) -> None:
         """What is sent from now on waits for what the device has been asked to compute."""
         if self.side is not None and self.computation is not None:
             self.side.wait_stream(self.computation)
 
-    def before_computation(self) -> None:
-        """What the device is asked to compute from now on waits for what has been sent."""
+    def close(self) -> None:
+        """Give the slots back. Whoever gets the device's memory next will not find it written to."""
+        self._copier.close()
+        self._before_computation()
+        if self.side is not None:
+            self.side.synchronize()
+        if self._locked:
+            torch.cuda.cudart().cudaHostUnregister(self._memory.data_ptr())
+
+    def _before_computation(self) -> None:
         if self.side is not None and self.computation is not None:
             self.computation.wait_stream(self.side)
+
+    def _read_more(self) -> None:
+        while self._leaving and (self._leaving[0].arrival is None or self._leaving[0].arrival.query()):
+            self._free.append(self._leaving.popleft())
+        while self._waiting and self._free:
+            slot, job = self._free.pop(), self._waiting.popleft()
+            self._reading[slot.number] = slot, job
+            self._copier.read(slot.number, self._spans(slot, job))
+
+    def _spans(self, slot: Slot, job: Job) -> Iterator[Span]:
+        for one, at in ((slot.rows.tokens, 1), (slot.rows.scale, 2)):
+            if one is not None:
+                begin = one.data_ptr() - self._memory.data_ptr()
+                size = one[: self.reader.n_tokens].nbytes
+                for i, place in enumerate(job.places.tolist()):
+                    yield Span(place[0], place[at], begin + i * size, size)
+
+
+def _lock(memory: Tensor) -> bool:
+    """Lock pages in memory, to be copied beside the computation; False, with a warning, where that is refused."""
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(error):
+        warnings.warn(
+            f"{memory.nbytes / 1e6:.0f} MB of host memory could not be page-locked (CUDA error {int(error)}): the "
+            "training waits for its copies; raise the limit on locked memory (ulimit -l), or take fewer readers.",
+            stacklevel=2,
+        )
+    return not int(error)

@@ -54,17 +54,9 @@ class Recycled:
 
 
 @contextlib.contextmanager
-def threads(n: int, device: torch.device | None = None) -> Iterator[ThreadPoolExecutor]:
-    """So many threads, whose current device is `device` where that is a GPU; at the end, what is not begun is dropped.
-
-    A new thread's current device is the first GPU, where using another one would set up a context for nothing.
-    """
-
-    def begin() -> None:
-        if device is not None and device.type == "cuda":
-            torch.cuda.set_device(device)
-
-    pool = ThreadPoolExecutor(n, initializer=begin)
+def threads(n: int) -> Iterator[ThreadPoolExecutor]:
+    """So many threads; at the end, what is not begun is dropped."""
+    pool = ThreadPoolExecutor(n)
     try:
         yield pool
     finally:

@@ -1,11 +1,12 @@
-"""Work on the host beside work on the device: copies that nobody waits for, and a thread that takes jobs in order."""
+"""Work on the host beside work on the device: copies that nobody waits for, jobs in order, and jobs side by side."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from typing import TypeVar
 
 import torch
 from jaxtyping import Shaped
@@ -13,6 +14,20 @@ from torch import Tensor
 
 MOST_WAITING = 2
 """Jobs that are not done, beyond which whoever hands over another one waits: a bound on the memory they hold."""
+
+AT_ONCE = 4
+"""Threads of `side_by_side`."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """`work` of every item, a few at a time. Raises what the first that failed raised, once all have ended."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(len(items), AT_ONCE)) as pool:
+        return [future.result() for future in [pool.submit(work, item) for item in items]]
 
 
 class Background:

@@ -58,7 +58,7 @@ class Channels(NamedTuple):
         )
 
 
-def describe_channels(shards: ShardSet, n_tokens: int = 2**14) -> Channels:
+def describe_channels(shards: ShardSet, n_tokens: int = 2**12) -> Channels:
     """From about so many tokens, those of images that are evenly spread over a set of tokens."""
     images = shards.with_tokens
     n_images = min(len(images), max(1, n_tokens // shards.spec.n_tokens))

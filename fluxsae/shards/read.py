@@ -1,6 +1,6 @@
 """Reads a shard set with random access.
 
-Legend: B images, T tokens an image, D width.
+Legend: B or I images, T tokens an image, D width.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
@@ -183,6 +184,15 @@ class ShardSet:
         if record.image != image:
             raise self._damaged(shard, member.name, f"it describes image {record.image}")
         return record
+
+    def shards_of(self, images: Sequence[int]) -> Int64[np.ndarray, "I"]:
+        """The shard that holds each image, counted from 0."""
+        return np.searchsorted(self._first, images, side="right") - 1
+
+    @property
+    def paths(self) -> list[Path]:
+        """The tars, in order."""
+        return [self.folder / entry.name for entry in self.metadata.shards]
 
     def path_of(self, image: int) -> Path:
         """The tar that holds an image."""

@@ -144,6 +144,20 @@ class RowReader:
         if scale is not None:
             self._fill_scale(images, found, scale)
 
+    def located(self, images: Sequence[int]) -> Int64[np.ndarray, "I 3"]:
+        """The shard of each image, and where in it its tokens and their scales begin; ValueError as from `read`.
+
+        Of tokens without scales, the last number says nothing.
+        """
+        layout, starts = self._layout, self._starts[images]
+        shards = self.shards.shards_of(images)
+        scale = layout.scale or 0
+        places = np.stack([shards, starts + layout.tokens, starts + scale], axis=-1)
+        for i in np.flatnonzero(starts < 0).tolist():
+            stored = self._find(images[i])
+            places[i, 1:] = stored.start + stored.layout.tokens, stored.start + (stored.layout.scale or 0)
+        return places
+
     def _fill(self, images: Sequence[int], found: Sequence[Stored], pieces: UInt64[np.ndarray, "I P 2"]) -> None:
         self._check(images, _scatter(found, [stored.layout.tokens for stored in found], pieces))
 

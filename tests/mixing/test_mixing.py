@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,12 +20,14 @@ from torch.utils.data import DataLoader
 
 from fluxsae.activations import ActivationData
 from fluxsae.mixing import WHOLE, MixedTokens, Part
+from fluxsae.mixing.copier import Copier
 from fluxsae.mixing.memory import Recycled
 from fluxsae.mixing.order import draw_chunks
 from fluxsae.shards import ShardSet, rows
 from fluxsae.shards.format import Storage
 from fluxsae.shards.read import Stored
 from fluxsae.shards.rows import RowReader, Rows
+from fluxsae.whole_images import ImagesAhead
 from tests.synthetic import token_shards
 
 CPU = torch.device("cpu")
@@ -110,14 +113,15 @@ def test_the_next_epoch_is_read_while_the_last_images_are_handed_out(
     shards: ShardSet, device: torch.device | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, read = threading.active_count(), []
-    find = RowReader._find
-    monkeypatch.setattr(RowReader, "_find", lambda reader, image: read.append(image) or find(reader, image))
+    name = "_find" if device is None else "located"
+    find = getattr(RowReader, name)
+    monkeypatch.setattr(RowReader, name, lambda reader, found: read.extend(np.atleast_1d(found)) or find(reader, found))
     data = MixedTokens(shards, range(24), batch_size=40, buffer_images=12, device=device, last_epoch=9)
     batches = list(islice(data, len(data)))
     data.epoch = 1
     ahead = iter(data)
     next(ahead)
-    assert len(batches) == len(data) and len(read) in range(36, 49)  # of two chunks a time
+    assert len(batches) == len(data) and len(read) in range(36, 61)  # of two chunks an epoch, one or two ahead
     ahead.close()
     assert threading.active_count() == before
     data.epoch = 0
@@ -290,7 +294,7 @@ def test_images_come_from_memory_or_from_the_file(
 
 
 @pytest.mark.parametrize("absent", [False, True])
-def test_images_on_their_way_to_a_device_are_copied_by_one_call(
+def test_images_in_order_are_copied_by_one_call(
     shards: ShardSet, absent: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied, read = [], []
@@ -299,22 +303,26 @@ def test_images_on_their_way_to_a_device_are_copied_by_one_call(
     monkeypatch.setattr(RowReader, "_fill", lambda *arguments: read.append(fill(*arguments)))
     if absent:
         monkeypatch.setattr(rows, "_is_in_memory", lambda address: False)
+    [batch] = ImagesAhead(shards, range(24), 24)
+    assert torch.equal(batch.tokens(), shards.tokens_batch(range(24)))
+    assert copied == [not absent] and len(read) == int(absent)
+
+
+def test_a_file_system_that_gives_less_than_it_is_asked_for(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fluxsae.shards.rows._libc", Stingy())
+    data = MixedTokens(shards, range(24), batch_size=40, seed=3)
+    data.epoch = 1
+    found = torch.cat([batch.decoded() for batch in data])
+    assert torch.equal(found.cpu(), plain_order(shards, 24, 1024))
+
+
+def test_what_the_other_process_cannot_read_is_read_here(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Copier.done
+    monkeypatch.setattr(Copier, "done", lambda copier, wait: [(number, False) for number, _ in done(copier, wait)])
     data = MixedTokens(shards, range(24), batch_size=40, seed=3, device=CPU)
     data.epoch = 1
     found = torch.cat([batch.decoded() for batch in data])
     assert torch.equal(found, plain_order(shards, 24, 1024))
-    assert copied == [not absent] and len(read) == int(absent)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_file_system_that_gives_less_than_it_is_asked_for(
-    shards: ShardSet, device: torch.device | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fluxsae.shards.rows._libc", Stingy())
-    data = MixedTokens(shards, range(24), batch_size=40, seed=3, device=device)
-    data.epoch = 1
-    found = torch.cat([batch.decoded() for batch in data])
-    assert torch.equal(found.cpu(), plain_order(shards, 24, 1024))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from fluxsae.shards.background import Background, HostCopy
+from fluxsae.shards.background import AT_ONCE, Background, HostCopy, side_by_side
 
 
 def test_jobs_run_in_order_on_another_thread() -> None:
@@ -82,3 +82,26 @@ def test_a_copy_holds_the_values_of_its_moment() -> None:
     for i, copy in enumerate(copies):
         held = copy.wait()
         assert held.device.type == "cpu" and held.is_pinned() and bool((held == i).all())
+
+
+def test_side_by_side_is_at_the_same_time_and_in_order() -> None:
+    together = threading.Barrier(AT_ONCE)
+
+    def work(i: int) -> int:
+        together.wait(timeout=20)  # breaks unless so many are at it
+        return 2 * i
+
+    assert side_by_side(work, range(AT_ONCE * 2)) == list(range(0, AT_ONCE * 4, 2))
+
+
+def test_side_by_side_raises_the_first_failure_once_all_have_ended() -> None:
+    done = []
+
+    def work(i: int) -> None:
+        if i in (1, 3):
+            raise OSError(f"item {i}")
+        done.append(i)
+
+    with pytest.raises(OSError, match="item 1"):
+        side_by_side(work, range(9))
+    assert sorted(done) == [0, 2, 4, 5, 6, 7, 8]

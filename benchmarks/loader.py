@@ -2,8 +2,9 @@
 
 Makes synthetic shards, or takes those in --folder, reads them until they are cached, and then takes turns: `cat` of the
 tars, and an epoch of the training stream from them, fp8 as it is stored. What counts is the ratio within a turn; CPU
-seconds a GB tell what a machine that does other things at the same time would hide. With --device cuda also the
-training step alone on a tensor that stays on the device, and both together, through a Lightning Trainer.
+seconds a GB tell what a machine that does other things at the same time would hide. With --device cuda the stream goes
+on from epoch to epoch, as in a training, beside the training step alone on a tensor that stays on the device, and both
+together, through a Lightning Trainer.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fluxsae.activations import ActivationData
 from fluxsae.mixing import MixedTokens
+from fluxsae.mixing.tokens import Feed
 from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet, ShardWriter
 from fluxsae.shards.format import Storage
@@ -61,10 +63,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Training:
-    """Tokens a second of a loader, a step or both."""
+    """Tokens a second of a loader, a step or both, and the share of the time in which both waited for the loader."""
 
     name: str
     tokens_a_second: float
+    waited: float = 0.0
 
 
 def main() -> None:
@@ -78,7 +81,8 @@ def main() -> None:
             threads = torch.get_num_threads()
             shards = make_shards(folder / storage, storage, options)
             torch.set_num_threads(options.threads)
-            measures += compare(shards, options)
+            if options.device == "cpu":
+                measures += compare(shards, options)
             if options.train:
                 trainings += train(shards, options, Path(temporary) / "sae")
             torch.set_num_threads(threads)
@@ -128,7 +132,7 @@ def compare(shards: ShardSet, options: argparse.Namespace) -> list[Measure]:
     return measures
 
 
-def stream(shards: ShardSet, n_readers: int, options: argparse.Namespace) -> MixedTokens:
+def stream(shards: ShardSet, n_readers: int, options: argparse.Namespace, last_epoch: int | None = 0) -> MixedTokens:
     return MixedTokens(
         shards,
         range(len(shards)),
@@ -136,6 +140,7 @@ def stream(shards: ShardSet, n_readers: int, options: argparse.Namespace) -> Mix
         buffer_images=options.buffer_images,
         readers=n_readers,
         device=None if options.device == "cpu" else torch.device(options.device),
+        last_epoch=last_epoch,
     )
 
 
@@ -176,25 +181,44 @@ def _measure(name: str, pairs: Sequence[tuple[Spent, Spent]], n_tokens: int | No
 def train(shards: ShardSet, options: argparse.Namespace, folder: Path) -> list[Training]:
     """The loader alone, the step alone and both together, in tokens a second."""
     name, n_readers = shards.metadata.storage, max(options.readers)
-    tokens = stream(shards, n_readers, options)
-    read(tokens)
-    alone = [len(tokens) * options.batch_size / read(tokens).seconds for _ in range(options.turns)]
+    reading = cat(shards)
+    found = [told(Training(f"{name}, cat", reading.n_bytes / row_bytes(shards) / reading.seconds))]
+    found.append(told(Training(f"{name}, loader alone", alone(shards, n_readers, options))))
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
     resident = torch.randn(options.batch_size, shards.statistics.mean.numel()).to(dtype).to(options.device)
     data = ActivationData(
         shards.folder, options.batch_size, buffer_images=options.buffer_images, readers=n_readers, val_fraction=1e-6
     )
     same = DataLoader(Same(resident, options.steps + WARMUP), batch_size=None)
-    found = [told(Training(f"{name}, loader alone", median(alone)))]
-    rate = fit(shards, options, folder, train_dataloaders=same, val_dataloaders=same)
-    found.append(told(Training(f"{name}, step alone", rate)))
-    found.append(told(Training(f"{name}, both together", fit(shards, options, folder, datamodule=data))))
+    for case, how in (
+        ("step alone", {"train_dataloaders": same, "val_dataloaders": same}),
+        ("both together", {"datamodule": data}),
+    ):
+        clock = Clock(data.feed)
+        fit(shards, options, folder, clock, **how)
+        rate = options.steps * options.batch_size / clock.seconds
+        found.append(told(Training(f"{name}, {case}", rate, clock.waited / clock.seconds)))
     return found
+
+
+def alone(shards: ShardSet, n_readers: int, options: argparse.Namespace) -> float:
+    """Tokens a second of a stream that has begun and goes on, over as many epochs as there are turns."""
+    tokens = stream(shards, n_readers, options, last_epoch=None)
+    read(tokens)
+    seconds = sum(read(tokens).seconds for _ in range(options.turns))
+    tokens.close()
+    return options.turns * len(tokens.images) * shards.spec.n_tokens / seconds
+
+
+def row_bytes(shards: ShardSet) -> float:
+    """Bytes of the shards for each of their tokens."""
+    return sum(shard.bytes for shard in shards.metadata.shards) / (len(shards) * shards.spec.n_tokens)
 
 
 def told(training: Training) -> Training:
     """The training itself, after its line of the table."""
-    print(_row(training.name, "", f"{training.tokens_a_second:,.0f}", "", ""), flush=True)
+    waited = f"{training.waited:.0%} waited" if training.waited else ""
+    print(_row(training.name, "", f"{training.tokens_a_second:,.0f}", waited, ""), flush=True)
     return training
 
 
@@ -213,24 +237,23 @@ class Same(Dataset[Tensor]):
 
 
 class Clock(Callback):
-    """Tokens a second from step `WARMUP` to the end, the device's work included."""
+    """The seconds from step `WARMUP` to the end, the device's work included, and those spent in the loader."""
 
-    def __init__(self) -> None:
-        self.started = self.seconds = 0.0
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self.seconds = self.waited = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if trainer.global_step in (WARMUP, trainer.max_steps):
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
-            now = time.perf_counter()
-            self.started, self.seconds = (
-                (now, 0.0) if trainer.global_step == WARMUP else (self.started, now - self.started)
-            )
+            sign = -1 if trainer.global_step == WARMUP else 1
+            self.seconds += sign * time.perf_counter()
+            self.waited += sign * self.feed.waited
 
 
-def fit(shards: ShardSet, options: argparse.Namespace, folder: Path, **data: Any) -> float:
+def fit(shards: ShardSet, options: argparse.Namespace, folder: Path, clock: Clock, **data: Any) -> None:
     sae = TopK(shards.statistics.mean.numel(), options.features, options.k)
-    clock = Clock()
     trainer = Trainer(
         accelerator="gpu" if options.device == "cuda" else "cpu",
         devices=1,
@@ -244,7 +267,6 @@ def fit(shards: ShardSet, options: argparse.Namespace, folder: Path, **data: Any
         enable_model_summary=False,
     )
     trainer.fit(SAETraining(sae, folder), **data)
-    return options.steps * options.batch_size / clock.seconds
 
 
 def _row(name: str, *numbers: str) -> str:

@@ -96,10 +96,10 @@ class SAEScoring(LightningModule):
             return batch.images
         if self._unproven:
             self._prove(batch.tokens[:1])
-        scores, fired = self(batch.tokens)
         shards = scored_shards(self.trainer)
         keys = [prompt_key(shards.record(image).prompt) for image in batch.images.tolist()]
         prompts = torch.tensor(keys, device=batch.images.device)
+        scores, fired = self(batch.tokens)
         if not bool(torch.isfinite(scores).all()):
             where = shards.first_not_finite(batch.images.tolist())
             raise FloatingPointError(f"a score is NaN or infinite. {where or f'The SAE at {self.path} is damaged'}.")

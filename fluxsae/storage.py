@@ -120,8 +120,11 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequ
 def read_csv(path: str | Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, every value as text. FileNotFoundError when it is missing."""
     with Path(path).open(newline="", encoding="utf-8") as file:
-        rows = [dict(row) for row in csv.DictReader(file)]
-    return [{key: _unquote(value) for key, value in row.items()} for row in rows]
+        header, *rows = [*csv.reader(file)] or [[]]
+    if any(len(row) != len(header) for row in rows):  # blank lines, or a damaged file
+        with Path(path).open(newline="", encoding="utf-8") as file:
+            return [{key: _unquote(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return [dict(zip(header, map(_unquote, row), strict=True)) for row in rows]
 
 
 def sha256_file(path: str | Path) -> str:
@@ -135,21 +138,21 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = frozenset("=+-@\t\r'")
 
 
 def _field(value: Any) -> str:
+    if isinstance(value, str):
+        return "'" + value if value[:1] in _FORMULA else value
     if value is None:
         return ""
     if isinstance(value, float):
         return f"{value:.9g}"
-    if isinstance(value, str) and value.startswith((*_FORMULA, "'")):
-        return "'" + value
     return str(value)
 
 
 def _unquote(value: str) -> str:
-    return value[1:] if value and value.startswith("'") else value
+    return value[1:] if value and value[0] == "'" else value
 
 
 def _sync_folder(folder: Path) -> None:

@@ -53,7 +53,7 @@ class Stage(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse(arguments)
+    options, begin = parse(arguments), time.perf_counter()
     device = torch.device("cpu" if options.tiny else "cuda")
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         folder = Path(temporary)
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         megabytes = sum(path.stat().st_size for path in (folder / captures[-1].name).rglob("*") if path.is_file()) / 1e6
     rates = score_rates(options)
     estimate(captures[-1], megabytes / captures[-1].n_images, stages)
+    print(f"All of this took {time.perf_counter() - begin:.0f} s.")
     if options.json is not None:
         where = "CPU" if options.tiny else torch.cuda.get_device_name(device)
         lists: dict[str, Sequence[Any]] = {"captures": captures, "stages": stages, "scores": rates}

@@ -39,12 +39,12 @@ class Activity(NamedTuple):
     @classmethod
     def of(cls, scores: Float[Tensor, "B F"], epsilon: float) -> Activity:
         """The activity on some images; active means S > epsilon."""
-        values = scores.double()
-        active = values > epsilon
-        n_active = active.sum(dim=0).double()
-        mean = (values * active).sum(dim=0) / n_active.clamp_min(1)
-        squares = ((values - mean).square() * active).sum(dim=0)
-        return cls(torch.tensor(len(scores), device=scores.device), n_active, mean, squares, values.amax(dim=0))
+        active = scores > epsilon
+        n_active = active.sum(dim=0, dtype=torch.float64)
+        mean = (scores * active).sum(dim=0, dtype=torch.float64) / n_active.clamp_min(1)
+        squares = ((scores - mean) * active).square_().sum(dim=0)
+        n_seen = torch.full_like(active[0, 0], len(scores), dtype=torch.int64)  # `torch.tensor` would wait for a GPU
+        return cls(n_seen, n_active, mean, squares, scores.amax(dim=0).double())
 
     def merge(self, other: Activity) -> Activity:
         n_active = self.n_active + other.n_active

@@ -5,6 +5,7 @@ Legend: B images of a batch, F features, K kept.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from fluxsae.analysis.gather import gather
 from fluxsae.features import update_features
 from fluxsae.scoring import ImageScores, SAEScoring, all_shards
 
+if _HAS_TRITON := find_spec("triton") is not None:
+    from fluxsae.sae.kernels import best_images
+
 
 class TopList:
-    """The `n_images` best images of every feature so far, best first, the earlier image first among equals.
+    """The `n_images` best images of every feature so far, the earlier image before the later among equals.
 
     Only images with S > 0 count. With `unique_prompts`, of each prompt only the best image does. The result is the same
-    in whatever batches and order the images come: what a full list drops can never belong to the best again.
+    in whatever batches and order the images come: what a full list drops can never belong to the best again. `ids`
+    tells it best first; after `add` on an NVIDIA GPU the fields themselves are in any order.
     """
 
     scores: Float[Tensor, "F K"]
@@ -33,6 +38,7 @@ class TopList:
         self, n_features: int, n_images: int, unique_prompts: bool = True, device: torch.device | str = "cpu"
     ) -> None:
         self.unique_prompts = unique_prompts
+        self._by_kernel = _HAS_TRITON and torch.device(device).type == "cuda" and torch.version.hip is None
         self.scores = torch.zeros(n_features, n_images, device=device)
         self.images = torch.full((n_features, n_images), -1, device=device)
         self.prompts = torch.full((n_features, n_images), -1, device=device)
@@ -40,6 +46,10 @@ class TopList:
     def add(self, images: Int[Tensor, "B"], prompts: Int[Tensor, "B"], scores: Float[Tensor, "B F"]) -> None:
         """Take note of a batch. Only features that it could improve are sorted again, few once lists are full."""
         scores = scores.float()
+        if self._by_kernel:
+            lists = self.images, self.prompts, self.scores
+            best_images.keep_best(images, prompts, scores.contiguous(), *lists, self.unique_prompts)
+            return
         rows = (scores.amax(dim=0) >= self.scores[:, -1]).nonzero().squeeze(1)
         rows = rows[scores.amax(dim=0)[rows] > 0]
         n = len(rows)
@@ -52,7 +62,9 @@ class TopList:
 
     def ids(self) -> list[list[int]]:
         """The image indices of every feature, best first; a feature active on fewer images has fewer."""
-        return [[image for image in row if image >= 0] for row in self.images.tolist()]
+        order = self.images.argsort(dim=1, stable=True)
+        order = order.gather(1, self.scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
+        return [[image for image in row if image >= 0] for row in self.images.gather(1, order).tolist()]
 
     def _merge(self, rows: Tensor, images: Tensor, prompts: Tensor, scores: Tensor) -> None:
         images = torch.cat([self.images[rows], images], dim=1)

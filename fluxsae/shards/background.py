@@ -15,7 +15,7 @@ from torch import Tensor
 MOST_WAITING = 2
 """Jobs that are not done, beyond which whoever hands over another one waits: a bound on the memory they hold."""
 
-AT_ONCE = 4
+AT_ONCE = 2
 """Threads of `side_by_side`."""
 
 Item = TypeVar("Item")

@@ -122,12 +122,17 @@ def payloads(path: Path, of_images: Kept, extension: str) -> list[bytearray]:
     return [bytearray(tar[member.start : member.start + member.size]) for member in found]
 
 
+_AT_ONCE = 2**25
+"""Bytes of a member that are written by one call."""
+
+
 class _Appending(TarWriter):
     """Writes behind what a file holds, and holds nothing back, as its own stream would."""
 
     def __init__(self, file: _Hashed) -> None:
         super().__init__(file, user="fluxsae", group="fluxsae", mode=0o644, mtime=0, encoder=False)
-        self.tarstream = tarfile.open(fileobj=file, mode="w")  # type: ignore[call-overload]  # noqa: SIM115
+        # In pieces of 16 KiB, as by default, whoever makes images meanwhile would wait for the interpreter after each.
+        self.tarstream = tarfile.open(fileobj=file, mode="w", copybufsize=_AT_ONCE)  # type: ignore[call-overload]  # noqa: SIM115
 
 
 class _Hashed:

@@ -42,8 +42,9 @@ from fluxsae.storage import read_json, remove_parts, sealed, unsealed, write_jso
 
 _logger = logging.getLogger(__name__)
 
-_CACHED = 2**15
-"""Numbers that stay in a core's cache, 8 bytes each."""
+_AT_ONCE = 2**20
+"""Numbers that are summed by one call, 8 bytes each: an image of FLUX.1 at 256×256. Calls are what counts, as whoever
+makes images meanwhile waits for the interpreter after each."""
 
 
 class ShardWriter:
@@ -226,11 +227,11 @@ def _decoded(data: bytes | bytearray) -> Float[Tensor, "T D"]:
 
 
 def _sums(tokens: Float[Tensor, "T D"]) -> Sums:
-    """A few tokens at a time, which stay in a core's cache as float64; in numpy, as its sums depend on no threads.
+    """So many tokens at a time as memory for float64 is bounded; in numpy, as its sums depend on no threads.
 
     Where a token is not finite, the sum of norms is not.
     """
-    n = max(1, _CACHED // tokens.shape[1])
+    n = max(1, min(len(tokens), _AT_ONCE // tokens.shape[1]))
     memory = np.empty((n, tokens.shape[1]))
     parts = []
     with np.errstate(invalid="ignore"):

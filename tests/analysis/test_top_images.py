@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,27 @@ def test_streamed_in_any_order_and_batches(seed: int, n_images: int, size: int, 
     tops[0].merge(tops[1].images, tops[1].prompts, tops[1].scores)
     expected = [by_sorting(scores[:, f].tolist(), prompts.tolist(), n_images, unique) for f in range(4)]
     assert tops[0].ids() == expected
+
+
+@pytest.mark.parametrize("unique", [True, False])
+@pytest.mark.parametrize(("n_kept", "n_features"), [(1, 4), (3, 33), (4, 40), (9, 70)])
+def test_a_kernel_keeps_the_same(n_kept: int, n_features: int, unique: bool) -> None:
+    """On a GPU where there is one, and in Triton's interpreter elsewhere."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator().manual_seed(n_kept)
+    scores = torch.randint(0, 6, (30, n_features), generator=generator).float()
+    scores[:, 1] = 0.0
+    prompts = torch.randint(0, 12, (30,), generator=generator) + 2**60
+    by_kernel = TopList(n_features, n_kept, unique, device)
+    by_kernel._by_kernel = True
+    for part in torch.randperm(30, generator=generator).split(7):
+        by_kernel.add(part.to(device), prompts[part].to(device), scores[part].to(device))
+    expected = [by_sorting(scores[:, f].tolist(), prompts.tolist(), n_kept, unique) for f in range(n_features)]
+    assert by_kernel.ids() == expected and not expected[1]
+    merged = TopList(n_features, n_kept, unique, device)
+    merged.merge(by_kernel.images, by_kernel.prompts, by_kernel.scores)
+    assert merged.ids() == expected and bool((merged.scores[:, :-1] >= merged.scores[:, 1:]).all())
 
 
 def test_callback(tmp_path: Path) -> None:

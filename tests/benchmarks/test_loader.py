@@ -26,6 +26,7 @@ def test_every_reader_is_measured_beside_cat(
     assert names == [f"{s}, {r}" for s in ("bf16", "fp8") for r in ("cat", "1 reader", "2 readers")]
     assert all(measure["share_of_cat"] > 0 for measure in found["reading"])
     assert [t["name"].partition(", ")[2] for t in found["training"]] == 2 * [
+        "cat",
         "loader alone",
         "step alone",
         "both together",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import gc
 import logging
 import os
 import re
@@ -49,11 +50,20 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def run_stage(verb: str, arguments: Sequence[str]) -> None:
-    """Run a Trainer verb in this process, as `fluxsae VERB ARGUMENTS…` does, and let its errors through."""
-    from fluxsae.trainer_cli import TrainerCLI  # Lightning takes seconds to import, which `--help` need not wait for
+    """Run a Trainer verb in this process, as `fluxsae VERB ARGUMENTS…` does, and let its errors through.
+
+    Nothing of it stays in memory, neither the host's nor a GPU's.
+    """
+    # Lightning takes seconds to import, which `--help` need not wait for.
+    import torch
+
+    from fluxsae.trainer_cli import TrainerCLI
 
     _quieten()  # after the import, which sets its loggers' levels
-    TrainerCLI.start(verb, arguments)
+    vars(TrainerCLI.start(verb, arguments)).clear()  # jsonargparse holds on to it until another one is parsed
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def _run(arguments: list[str]) -> int:

@@ -69,6 +69,7 @@ class StopsWhereItCanGoOn(Callback):
 
     def __init__(self) -> None:
         self._before: dict[int, Any] = {}
+        self._ours: dict[int, Any] = {}
         self._noted: list[int] = []
         self._trainer: Trainer
 
@@ -113,13 +114,15 @@ class StopsWhereItCanGoOn(Callback):
         self._trainer = trainer
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             if callable(signal.getsignal(signum)):
-                taken = handler if signum != signal.SIGUSR1 else self._note
-                self._before[signum] = signal.signal(signum, taken)
+                self._ours[signum] = handler if signum != signal.SIGUSR1 else self._note
+                self._before[signum] = signal.signal(signum, self._ours[signum])
 
     def _give_back(self) -> None:
+        """What was there before; when all went well, Lightning has put back what was there before its own handlers."""
         for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        self._before = {}
+            if signal.getsignal(signum) == self._ours[signum]:
+                signal.signal(signum, handler)
+        self._before, self._ours = {}, {}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if signum in self._noted:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import yaml
 
 from fluxsae.cli import main
 from fluxsae.explain import explain, innermost
+from fluxsae.flux.load import load_pipeline
 from tests.random_flux import random_flux
 
 Change = Callable[[dict[str, Any]], object]
@@ -157,6 +159,24 @@ def test_a_sound_config_captures(capture: dict[str, Any], tmp_path: Path, capsys
     tar.unlink()
     assert main(["predict", "-c", str(tmp_path / "capture.yaml")]) == 0
     assert main(["verify", str(tmp_path / "capture")]) == 0
+
+
+def test_nothing_of_a_stage_stays_in_memory(
+    capture: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study's next stage wants the memory of the GPU for itself."""
+    loaded = []
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        pipe = load_pipeline(*arguments, **named)
+        loaded.append(weakref.ref(pipe.transformer))
+        return pipe
+
+    monkeypatch.setattr("fluxsae.capture.load_pipeline", load)
+    (tmp_path / "capture.yaml").write_text(yaml.safe_dump(capture))
+    assert main(["predict", "-c", str(tmp_path / "capture.yaml")]) == 0
+    [transformer] = loaded
+    assert transformer() is None
 
 
 def test_the_traceback_is_shown_on_request(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import tempfile
 import time
 import warnings
@@ -59,12 +60,16 @@ class Resident(NamedTuple):
 
 
 class Streamed(NamedTuple):
-    """Images a second of the scores stage and of reading its shards alone, and maps a second of the overlays stage."""
+    """Images a second of the scores stage and of reading its shards alone, and maps a second of the overlays stage.
+
+    `share_of_disk` is the same share when both come from the disk, None where that is not asked for.
+    """
 
     kind: str
     read: float
     scored: float
     share: float
+    share_of_disk: float | None
     n_maps: int
     maps: float
 
@@ -169,11 +174,18 @@ def streamed(kind: str, folder: Path, options: argparse.Namespace) -> Streamed:
     sae.set_statistics(shards.statistics, shards.spec)
     save_sae(folder / kind, sae)
     table = folder / kind / "features.csv"
-    turns = []
-    for _ in range(1 + options.turns):  # the first, when files and kernels are not warm yet, does not count
+
+    def turn(cold: bool = False) -> tuple[float, float]:
+        if cold:
+            forget(shards)
         reading = read_all(shards)
+        if cold:
+            forget(shards)
         stage = [ScoresWriter(folder / kind / "scores"), AliveStatistics(table), TopImages(table, 16)]
-        turns.append((reading, predict(folder, kind, stage, None, options)))
+        return reading, predict(folder, kind, stage, None, options)
+
+    turns = [turn() for _ in range(1 + options.turns)]  # the first, when files and kernels are new, does not count
+    on_disk = [turn(cold=True) for _ in range(options.turns)] if options.cold else []
     every = Selection(table, n_features=None, rank_by="feature", n_images=16)
     drawn = Selection(table, n_features=1, rank_by="feature", n_images=1)
     overlays = Overlays(folder / kind / "overlays", folder / "images", drawn, keep=every)
@@ -181,7 +193,16 @@ def streamed(kind: str, folder: Path, options: argparse.Namespace) -> Streamed:
     n_maps = len(MapFile.open(folder / kind / "overlays").index)
     reading, scoring = (len(shards) / median(column) for column in zip(*turns[1:], strict=True))
     share = median(a / b for a, b in turns[1:])
-    return Streamed(kind, reading, scoring, share, n_maps, n_maps / mapping)
+    share_of_disk = median(a / b for a, b in on_disk) if on_disk else None
+    return Streamed(kind, reading, scoring, share, share_of_disk, n_maps, n_maps / mapping)
+
+
+def forget(shards: ShardSet) -> None:
+    """Have the page cache let go of a set, where that is possible: not of a folder in memory."""
+    for path in shards.paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def read_all(shards: ShardSet) -> float:
@@ -291,6 +312,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that read")
     parser.add_argument("--calls", type=int, default=20, help="calls in a turn of the resident measurements")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="also read and score from the disk, past the page cache")
     parser.add_argument("--curve", type=int, nargs="+", help="numbers of images to score for the host's memory")
     parser.add_argument("--folder", type=Path, help="where temporary files go")
     parser.add_argument("--json", type=Path)

@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ from fluxsae.mixing.copier import Copier, Span
 from fluxsae.mixing.memory import threads
 from fluxsae.mixing.order import Chunk
 from fluxsae.shards.rows import RowReader, Rows
+
+if _HAS_TRITON := find_spec("triton") is not None:
+    from fluxsae.mixing import kernels
 
 _SLOT = 2**24
 """Bytes of a slot, about: enough for what the interpreter does about it not to matter."""
@@ -58,6 +62,7 @@ class DeviceMixing:
         self.batch_size = batch_size
         self.n_readers = n_readers
         self.device = torch.empty(0, device=device).device  # with its number, if it is one of several
+        self._decodes = _HAS_TRITON and self.device.type == "cuda" and torch.version.hip is None
         self.images_per_slot = min(n_images, max(1, _SLOT // reader.format.n_bytes(reader.n_tokens)))
 
     @property
@@ -108,17 +113,23 @@ class DeviceMixing:
         for rows, order, ends_epoch in fillings:
             begin, end = 0, self.batch_size - (0 if waiting is None else len(waiting.tokens))
             while end <= len(order):
-                new = rows.taken(order[begin:end])
+                new = self._taken(rows, order[begin:end])
                 ring.go_on()
                 yield new if waiting is None else waiting.followed_by(new)
                 waiting, begin, end = None, end, end + self.batch_size
-            rest = rows.taken(order[begin:])
+            rest = self._taken(rows, order[begin:])
             waiting = rest if waiting is None else waiting.followed_by(rest)
             if ends_epoch:
                 if len(waiting.tokens):
                     yield waiting
                 waiting = None
                 yield None
+
+    def _taken(self, rows: Rows, index: Int64[Tensor, "B"]) -> Rows:
+        """Some rows as new ones; fp8 comes decoded where a kernel does that on the way."""
+        if rows.scale is None or not self._decodes:
+            return rows.taken(index)
+        return Rows(kernels.gather_decoded(rows.tokens, rows.scale, index), None)
 
     def _piece(self) -> Rows:
         n = self.n_images * self.reader.n_tokens

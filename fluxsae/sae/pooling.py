@@ -141,8 +141,9 @@ class TopKPooling(Pooling):
         pooled = _empty(n_images, self.sae.n_features, tokens.device)
         for field in pooled:
             field.zero_()
-        for i, part in enumerate(tokens.flatten(0, 1).split(PART)):
-            pooling.pool_chosen(*self._chosen(part), i * PART, n_tokens, *pooled)
+        size = PART * 4 // self.weight.itemsize  # as many bytes of pre-activations as in float32
+        for i, part in enumerate(tokens.flatten(0, 1).split(size)):
+            pooling.pool_chosen(*self._chosen(part), i * size, n_tokens, *pooled)
         return pooled
 
     def codes(self, tokens: Float[Tensor, "T D"], features: Int[Tensor, "M"]) -> Float[Tensor, "T M"]:

@@ -133,6 +133,7 @@ def compare(options: argparse.Namespace) -> Iterator[Result]:
         Case("one GPU", 1, "nothing", options.n_features),
         *([Case("one GPU, fused step", 1, "nothing", options.n_features, fused=True)] if has_gpu else []),
         Case("two GPUs, own tokens", 2, "tokens", options.n_features),
+        *([Case("the same, fused step", 2, "tokens", options.n_features, fused=True)] if has_gpu else []),
         Case("one GPU, wide", 1, "nothing", options.wide),
         Case("two GPUs share wide", 2, "features", options.wide),
     ]

@@ -42,6 +42,12 @@ class Processes(NamedTuple):
         """The sum over processes."""
         return self._reduce(sums, dist.ReduceOp.SUM)
 
+    def add_up(self, sums: Shaped[Tensor, "*shape"]) -> dist.Work:
+        """Begin to add up over processes, in place, beside what the device is asked to do next; `wait` for the end."""
+        work = dist.all_reduce(sums, group=self.group, async_op=True)
+        assert work is not None
+        return work
+
     def anywhere(self, flags: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
         """What holds in some process: one collective of a byte a flag."""
         return self._reduce(flags, dist.ReduceOp.MAX)
@@ -77,6 +83,7 @@ class OneAllReduce(DDPStrategy):
 
     def __init__(self, compress: bool = True, **options: Any) -> None:
         hook = bf16_compress_hook if compress else None
+        self.compress = compress
         super().__init__(ddp_comm_hook=hook, gradient_as_bucket_view=True, bucket_cap_mb=_NO_LIMIT, **options)
 
     def configure_ddp(self) -> None:

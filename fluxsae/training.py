@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fluxsae.activations import ActivationData
 from fluxsae.one_run import OneRunOnly
@@ -176,6 +177,7 @@ class SAETraining(TrainedOnTokens):
         assert self._optimizer is not None
         self._optimizer.fused_step = self._step
         self._unproven = self._step is not None and not self._optimizer.state
+        self._let_ddp_reduce(self._step is None)
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
         step = self.global_step
@@ -219,18 +221,25 @@ class SAETraining(TrainedOnTokens):
         held, self._dead = self._dead, torch.arange(0, self.sae.n_features, 16, device=self.device)  # as if they were
         x = self.sae.normalise(tokens)
         loss = self._loss(x, self.sae.run(x))
-        if not bool(loss.isfinite()):
+        if not bool(self._total(loss.detach()).isfinite()):
             self._dead = held
             return
         why = disagreement(self._step, self._optimizer, tokens, self._dead, self._penalty, loss)
         self._dead, self._unproven = held, False
-        if why is None:
+        if not bool(self._processes.anywhere(torch.tensor([why is not None], device=self.device))):
             return
+        why = why or "another process found that it disagrees with autograd's"
         if self.fused:
             raise RuntimeError(f"fused is true, but {why}; leave fused out to train by autograd, and report this.")
         _logger.warning(f"training goes on by autograd, since {why}; please report this.")
         self._step.settle()
         self._step = self._optimizer.fused_step = None
+        self._let_ddp_reduce(True)
+
+    def _let_ddp_reduce(self, wanted: bool) -> None:
+        """Whether DistributedDataParallel expects gradients of autograd's, and adds them up."""
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            self.trainer.model.require_backward_grad_sync = wanted
 
     def backward(self, loss: Tensor, *arguments: Any, **named: Any) -> None:
         if self._step is None:
@@ -305,11 +314,14 @@ class SAETraining(TrainedOnTokens):
         if self.fused is False:
             return None
         obstacle = why_not_fused(self.sae, self.trainer)
+        if self._name and self._processes.n > 1:  # DistributedDataParallel either adds up all gradients or none
+            obstacle = "it is one of a sweep's, in several processes"
         if obstacle is not None:
             if self.fused:
                 raise ValueError(f"fused is true, but {obstacle}; leave fused out, or change that.")
             return None
-        return FusedStep(self.sae, Settings(self.betas, 1e-8, self.clip_tokens, self.aux_k, self.aux_coef))
+        settings = Settings(self.betas, 1e-8, self.clip_tokens, self.aux_k, self.aux_coef)
+        return FusedStep(self.sae, settings, self._processes)
 
     def on_validation_epoch_start(self) -> None:
         self.settle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+import fluxsae.training
 from fluxsae.interrupts import LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.processes import OneAllReduce, Processes
 from fluxsae.sae import L1, SAE, TopK
+from fluxsae.sae.fused import Settings
 from fluxsae.sae.jumprelu import JumpReLU
 from fluxsae.training import SAETraining
 from tests.synthetic import dictionary, draw
@@ -28,13 +31,14 @@ NEVER_FIRE = 10
 class Slices(IterableDataset[Tensor]):
     """Batches that are the same in every process, and of each batch this process's share."""
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: Processes, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.share = slice(*(BATCH * (processes.rank + i) // processes.n for i in (0, 1)))
 
     def __iter__(self) -> Iterator[Tensor]:
         source, generator = dictionary(D_IN), torch.Generator().manual_seed(0)
         for _ in range(N_STEPS):
-            yield draw(source, BATCH, generator).double()[self.share]
+            yield draw(source, BATCH, generator).to(self.dtype)[self.share]
 
 
 class SlicedData(LightningDataModule):
@@ -42,7 +46,9 @@ class SlicedData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
-        return DataLoader(Slices(Processes.of(self.trainer)), batch_size=None)
+        module = self.trainer.lightning_module
+        assert isinstance(module, SAETraining)
+        return DataLoader(Slices(Processes.of(self.trainer), module.sae.W_dec.dtype), batch_size=None)
 
     val_dataloader = train_dataloader
 
@@ -97,15 +103,34 @@ def sharing_features(n_groups: int = 1) -> dict[str, Any]:
 
 
 def fit(
-    kind: str, folder: Path, data: LightningDataModule, *callbacks: Callback, resume: bool = False, **options: Any
+    kind: str,
+    folder: Path,
+    data: LightningDataModule,
+    *callbacks: Callback,
+    resume: bool = False,
+    fused: bool | None = None,
+    n_steps: int = N_STEPS,
+    **options: Any,
 ) -> None:
-    """Train an SAE into `folder`, in float64, so that rounding is small; `options` are the Trainer's."""
+    """Train an SAE into `folder`, in float64, so that rounding is small; `options` are the Trainer's.
+
+    Where `fused` is said, in float32; true is by kernels in Triton's interpreter, which needs TRITON_INTERPRET.
+    """
     sae, training = make(kind)
+    dtype = torch.float64 if fused is None else torch.float32
+    if fused is not None:
+        training |= {"dead_after": 100, "check_every": 2}
+        with torch.no_grad():
+            sae.b_enc[:NEVER_FIRE] = -0.5  # which AuxK can lift: in eight steps it moves their rows by 0.01
+    if fused:
+        training["fused"] = True
+        fluxsae.training.why_not_fused = lambda *_: None  # type: ignore[attr-defined]
+        fluxsae.training.Settings = partial(Settings, dtype=dtype)  # type: ignore[attr-defined]
     last = LastCheckpoint(folder, minutes=0.0, every_n_steps=12)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = Trainer(
-        accelerator="cpu", max_steps=N_STEPS, callbacks=[last, StopsWhereItCanGoOn(), *callbacks], **quiet, **options
+        accelerator="cpu", max_steps=n_steps, callbacks=[last, StopsWhereItCanGoOn(), *callbacks], **quiet, **options
     )
-    module = SAETraining(sae, folder, **training).double()
+    module = SAETraining(sae, folder, **training).to(dtype)
     with interruptible():
         trainer.fit(module, datamodule=data, ckpt_path="last" if resume else None)

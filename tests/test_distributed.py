@@ -40,6 +40,10 @@ SHARE_TOKENS = """
         fit(kind, folder / kind, SlicedData(), Collectives(folder / f"{kind}.json"), **sharing_tokens())
     fit("TopK", folder / "bf16", SlicedData(), **sharing_tokens(compress=True))
 """
+SHARE_TOKENS_FUSED = """
+    for kind in ("TopK", "L1"):
+        fit(kind, folder / kind, SlicedData(), fused=True, n_steps=8, **sharing_tokens(compress=True))
+"""
 SHARE_FEATURES = """
     for kind in ("TopK", "L1", "JumpReLU"):
         fit(kind, folder / kind, ActivationData(shards, BATCH), **sharing_features())
@@ -56,6 +60,7 @@ def run_in_several(folder: Path, trainings: str) -> None:
     script = folder / "several.py"
     script.write_text(SCRIPT + trainings)
     environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, str(script), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -88,6 +93,18 @@ def test_processes_that_share_tokens_train_one_processs_sae(tmp_path: Path) -> N
         # All gradients, which features fired, and the mean length of errors: nothing else, and no barrier.
         assert json.loads((tmp_path / f"{kind}.json").read_text()) == {"c10d::allreduce_": 3}
     assert_alike(tmp_path / "bf16", tmp_path / "one" / "TopK", tolerance=0.02)
+
+
+@pytest.mark.slow
+def test_fused_steps_of_processes_that_share_tokens_are_one_processs(tmp_path: Path) -> None:
+    """By kernels, with AuxK at work; autograd's steps of one process are what they are compared with."""
+    pytest.importorskip("triton")
+    run_in_several(tmp_path, SHARE_TOKENS_FUSED)
+    for kind in ("TopK", "L1"):
+        fit(kind, tmp_path / "one" / kind, SlicedData(), fused=False, n_steps=8)
+        found, expected = (load_sae(folder / kind).state_dict() for folder in (tmp_path, tmp_path / "one"))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 It minimises what `SAETraining` minimises. A sparse step (TopK, small k) touches only the decoder rows, tokens and
 errors that belong to codes above 0; a dense one does everything by matrix products. Either is recorded once as CUDA
 graphs and replayed. Gradients are of half the summed squared error until Adam multiplies them by 2 / (N · D).
+Where several processes have tokens of their own, gradients do reach memory, in the dtype of products: they are added up
+over processes before Adam reads them, and nothing is recorded.
 Legend: N tokens, D width, F features, M dead features.
 """
 
@@ -16,8 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed import Work
 from torch.optim import Adam
 
+from fluxsae.processes import OneAllReduce, Processes
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.graphs import Graphs
 
@@ -30,6 +34,8 @@ if find_spec("triton") is not None:
 SPARSE_UP_TO = 96
 """The largest k for which gathering rows beats matrix products (measured on an H100 at D = 3072, F = 12288)."""
 
+
+ALONE = Processes(0, 1, None)
 
 CHECKED = 1024
 """Tokens on which a fused step is compared with autograd's before it trains."""
@@ -85,7 +91,8 @@ def why_not_fused(sae: SAE, trainer: Trainer) -> str | None:
         "Triton is not installed": find_spec("triton") is not None,
         "there is no NVIDIA GPU": sae.W_enc.device.type == "cuda" and torch.version.hip is None,
         f"the precision is {trainer.precision} and not bf16-mixed": trainer.precision == "bf16-mixed",
-        f"there are {trainer.world_size} processes": trainer.world_size == 1,
+        f"there are {trainer.world_size} processes whose gradients do not travel as bf16": trainer.world_size == 1
+        or (isinstance(trainer.strategy, OneAllReduce) and trainer.strategy.compress),
         "gradients are accumulated over batches": trainer.accumulate_grad_batches == 1,
         "the Trainer clips gradients": not trainer.gradient_clip_val,
     }
@@ -96,26 +103,31 @@ class FusedStep:
     """Training steps of one SAE: `forward`, then `update`, for each batch.
 
     Between steps the decoder's rows may be off unit length by what one step of Adam changes; `settle` makes them exact,
-    and must be called before anyone else reads or writes the weights.
+    and must be called before anyone else reads or writes the weights. With several `processes` all make the same steps,
+    each on as many tokens of its own.
     """
 
-    def __init__(self, sae: SAE, settings: Settings) -> None:
+    def __init__(self, sae: SAE, settings: Settings, processes: Processes = ALONE) -> None:
         if type(sae) not in (L1, TopK) or len(sae.groups) > 1:
             raise TypeError(f"a fused step knows L1 and TopK without groups, not this {type(sae).__name__}.")
         self.sae = sae
         self.settings = settings
+        self.processes = processes
         self.sparse = isinstance(sae, TopK) and sae.k <= SPARSE_UP_TO
         device = sae.W_enc.device
         self.enc_low = sae.W_enc.detach().to(settings.dtype)
         self.dec_low = sae.W_dec.detach().to(settings.dtype)
         self.row_scale = torch.ones(sae.n_features, device=device)
-        self.squares = torch.empty(row_updates.n_tiles(sae.d_in) if self.sparse else 1, sae.n_features, device=device)
+        together = processes.n > 1
+        n_tiles = row_updates.n_tiles(sae.d_in) if self.sparse and not together else 1
+        self.squares = torch.empty(n_tiles, sae.n_features, device=device)
         self.lr = torch.zeros((), device=device)
         self.penalty = torch.zeros((), device=device)
         self.updates = torch.tensor([0, -1], device=device)
         self._aux = AuxiliaryPass(sae, settings.aux_k, settings.aux_coef)
         self._buffers: dict[str, Tensor] = {}
-        self._graphs = Graphs(settings.graphs and device.type == "cuda")
+        self._gradients: dict[str, Tensor] = {}
+        self._graphs = Graphs(settings.graphs and device.type == "cuda" and not together)
         self._found: Any = None
 
     @torch.no_grad()
@@ -208,7 +220,10 @@ class FusedStep:
 
     def _weigh(self, error: Tensor, squares: Tensor) -> scalars.Weighed:
         """The tokens' weights, by which `error` is multiplied."""
-        weighed = scalars.weigh_tokens(squares, self.settings.clip_tokens, self.sae.d_in)
+        mean_length = None
+        if self.processes.n > 1:
+            mean_length = self.processes.total(squares.sum(dim=0).sqrt_().mean()) / self.processes.n
+        weighed = scalars.weigh_tokens(squares, self.settings.clip_tokens, self.sae.d_in, mean_length)
         columns.weigh(error, weighed.weights)
         return weighed
 
@@ -218,16 +233,24 @@ class FusedStep:
         return self._aux.loss(codes, self.x, error, weighed, self.dec_low, self.row_scale, along, bias)
 
     def _update(self, states: _States) -> None:
-        found, sae, n = self._found, self.sae, len(self.x)
-        factor = 2 / (n * sae.d_in)
+        found, sae = self._found, self.sae
+        factor = 2 / (self.processes.n * len(self.x) * sae.d_in)
         betas, eps = self.settings.betas, self.settings.eps
-        hyper = scalars.adam_factors(found.outcome.loss, self.lr, states.steps, self.updates, betas, factor, eps)
         b_dec = columns.column_sums(found.error)
         b_dec -= columns.column_sums(self.enc_low, found.bias)
+        if self.processes.n > 1:
+            found, b_dec = self._of_all(found, b_dec)
+        hyper = scalars.adam_factors(found.outcome.loss, self.lr, states.steps, self.updates, betas, factor, eps)
         unit = UnitRows(self.row_scale, found.along, self.squares)
         enc = AdamState(sae.W_enc, *states.W_enc, self.enc_low)
         dec = AdamState(sae.W_dec, *states.W_dec, self.dec_low)
-        if found.lists is not None:
+        if self.processes.n > 1:
+            for state, (gradient, sent), rows, aux in zip(
+                (enc, dec), self._sent(found), (None, unit), (found.aux.enc, found.aux.dec), strict=True
+            ):
+                sent.wait()
+                row_updates.update_given(state, gradient, hyper, betas, rows, aux)
+        elif found.lists is not None:
             lists = found.lists
             pieces = self.x.new_empty(len(lists.owners), sae.d_in, dtype=torch.float32)
             for state, weights, source, rows, aux in (
@@ -249,6 +272,33 @@ class FusedStep:
             rounded = torch.empty_like(bias)
             state = AdamState(*(t.view(1, -1) for t in (bias.detach(), *moments, rounded)))
             row_updates.update_given(state, gradient.view(1, -1), hyper, betas)
+
+    def _of_all(self, found: _Found, b_dec: Float[Tensor, "D"]) -> tuple[_Found, Float[Tensor, "D"]]:
+        """The loss, short gradients and auxiliary rows, added up over processes."""
+        loss, aux = found.outcome.loss, found.aux
+        total = self.processes.total(torch.cat([loss[None], found.along, aux.bias, b_dec]))
+        loss, along, bias, b_dec = total.split([1, len(found.along), len(aux.bias), len(b_dec)])
+        if aux.enc is not None and aux.dec is not None:
+            rows = self.processes.total(torch.stack([aux.enc.gradient, aux.dec.gradient]))
+            aux = aux._replace(enc=aux.enc._replace(gradient=rows[0]), dec=aux.dec._replace(gradient=rows[1]))
+        outcome = found.outcome._replace(loss=loss[0])
+        return found._replace(outcome=outcome, along=along, aux=aux._replace(bias=bias)), b_dec
+
+    def _sent(self, found: _Found) -> list[tuple[Float[Tensor, "F D"], Work]]:
+        """The gradients of W_enc and W_dec, on their way to be added up; the first while the second is made."""
+        sent = []
+        for name, left, right in (("W_enc", found.slopes, self.x), ("W_dec", found.codes, found.error)):
+            gradient = self._gradients.setdefault(name, self.dec_low.new_empty(self.dec_low.shape))
+            if (lists := found.lists) is not None:
+                weights = lists.slopes if name == "W_enc" else lists.values
+                pieces = self.x.new_empty(len(lists.owners), self.sae.d_in, dtype=torch.float32)
+                row_updates.sum_pieces(lists, weights, right, pieces)
+                row_updates.gather(lists, weights, right, pieces, gradient)
+            else:
+                assert left is not None
+                torch.mm(left.T, right, out=gradient)
+            sent.append((gradient, self.processes.add_up(gradient)))
+        return sent
 
     def _make_room(self, n_tokens: int) -> None:
         """Make buffers for as many tokens: before a pass, as recorded graphs write to those that there were."""
@@ -276,6 +326,9 @@ def disagreement(
     sae = step.sae
     with torch.enable_grad():
         loss.backward()
+    for parameter in sae.parameters():
+        if parameter.grad is not None and step.processes.n > 1:
+            parameter.grad = step.processes.total(parameter.grad) / step.processes.n
     sae.remove_parallel_gradient()
     outcome = step.forward(tokens, dead, penalty)
     step.update(optimizer, 0.0)

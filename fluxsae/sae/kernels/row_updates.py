@@ -94,6 +94,25 @@ def update_gathered(
     _launch(state, lists, weights, source, pieces, source, hyper, betas, unit, aux, TILE, 1, gather=True)
 
 
+def gather(
+    lists: FeatureLists,
+    weights: Float[Tensor, "M"],
+    source: Float[Tensor, "N D"],
+    pieces: Float[Tensor, "R D"],
+    gradient: Float[Tensor, "F D"],
+) -> None:
+    """Write Σ weights · source[tokens], which `update_gathered` makes and uses, for whoever has to send it around."""
+    n_features, d_in = gradient.shape
+    block = min(TILE, triton.next_power_of_2(d_in))
+    _gather[(n_features * triton.cdiv(d_in, block),)](
+        *(lists.tokens, weights, lists.counts, lists.starts, lists.pieces, source, pieces, gradient, n_features, d_in),
+        PIECE=PIECE,
+        ROWS=_ROWS,
+        BLOCK=block,
+        num_warps=1,
+    )
+
+
 def update_given(
     state: AdamState,
     gradient: Float[Tensor, "F D"],
@@ -195,6 +214,61 @@ def _sum_rows(tokens, weights, begin, end, source, d, d_in, ROWS: tl.constexpr, 
 
 @no_type_check
 @triton.jit
+def _sum_list(
+    tokens,
+    weights,
+    counts,
+    starts,
+    first_piece,
+    source,
+    pieces,
+    f,
+    d,
+    d_in,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Σ weights · source[tokens] over feature f's whole list, for channels d."""
+    count = tl.load(counts + f)
+    start = tl.load(starts + f)
+    total = _sum_rows(tokens, weights, start, start + tl.minimum(count, PIECE), source, d, d_in, ROWS, BLOCK)
+    if count > PIECE:
+        first = tl.load(first_piece + f)
+        end = first + (count - 1) // PIECE
+        for i in range(first, end, ROWS):
+            piece = i + tl.arange(0, ROWS)
+            there = (piece < end)[:, None] & (d < d_in)[None, :]
+            part = tl.load(pieces + piece.to(tl.int64)[:, None] * d_in + d[None, :], mask=there, other=0.0)
+            total += tl.sum(part, 0)
+    return total
+
+
+@no_type_check
+@triton.jit
+def _gather(
+    tokens,
+    weights,
+    counts,
+    starts,
+    first_piece,
+    source,
+    pieces,
+    gradient,
+    n_features,
+    d_in,
+    PIECE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    f = tl.program_id(0) % n_features
+    d = tl.program_id(0) // n_features * BLOCK + tl.arange(0, BLOCK)
+    total = _sum_list(tokens, weights, counts, starts, first_piece, source, pieces, f, d, d_in, PIECE, ROWS, BLOCK)
+    tl.store(gradient + f.to(tl.int64) * d_in + d, total.to(gradient.dtype.element_ty), mask=d < d_in)
+
+
+@no_type_check
+@triton.jit
 def _sum_pieces(
     tokens,
     weights,
@@ -263,17 +337,7 @@ def _update(
     at = f.to(tl.int64) * d_in + d
     if tl.load(hyper + 3) > 0:
         if GATHER:
-            count = tl.load(counts + f)
-            start = tl.load(starts + f)
-            g = _sum_rows(tokens, weights, start, start + tl.minimum(count, PIECE), source, d, d_in, ROWS, BLOCK)
-            if count > PIECE:
-                first = tl.load(first_piece + f)
-                end = first + (count - 1) // PIECE
-                for i in range(first, end, ROWS):
-                    piece = i + tl.arange(0, ROWS)
-                    there = (piece < end)[:, None] & inside[None, :]
-                    part = tl.load(pieces + piece.to(tl.int64)[:, None] * d_in + d[None, :], mask=there, other=0.0)
-                    g += tl.sum(part, 0)
+            g = _sum_list(tokens, weights, counts, starts, first_piece, source, pieces, f, d, d_in, PIECE, ROWS, BLOCK)
         else:
             g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         if AUX:

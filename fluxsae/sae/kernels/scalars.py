@@ -25,12 +25,22 @@ class Weighed(NamedTuple):
     mse: Float[Tensor, ""]
 
 
-def weigh_tokens(squares: Float[Tensor, "P N"], clip: float, d_in: int) -> Weighed:
-    """From squared lengths of errors, whose parts the P tiles hold; `clip` as in `token_weights`."""
+def weigh_tokens(
+    squares: Float[Tensor, "P N"], clip: float, d_in: int, mean_length: Float[Tensor, ""] | None = None
+) -> Weighed:
+    """From squared lengths of errors, whose parts the P tiles hold; `clip` as in `token_weights`.
+
+    `mean_length` is that of the errors of all processes, where there are others.
+    """
     n_tiles, n_tokens = squares.shape
     weights = torch.empty(n_tokens, device=squares.device)
     means = torch.empty(2, device=squares.device)
-    _weigh_tokens[(1,)](squares, weights, means, n_tokens, n_tiles, clip, d_in, CHUNK=_CHUNK, num_warps=16)
+    _weigh_tokens[(1,)](
+        *(squares, weights, means, mean_length, n_tokens, n_tiles, clip, d_in),
+        GIVEN=mean_length is not None,
+        CHUNK=_CHUNK,
+        num_warps=16,
+    )
     return Weighed(weights, *means.unbind())
 
 
@@ -75,11 +85,16 @@ def _squares(squares, n, n_tokens, n_tiles, CHUNK: tl.constexpr):
 
 @no_type_check
 @triton.jit
-def _weigh_tokens(squares, weights, means, n_tokens, n_tiles, clip, d_in, CHUNK: tl.constexpr):
-    lengths = tl.zeros([CHUNK], tl.float32)
-    for begin in range(0, n_tokens, CHUNK):
-        lengths += tl.sqrt(_squares(squares, begin + tl.arange(0, CHUNK), n_tokens, n_tiles, CHUNK))
-    longest = clip * tl.sum(lengths, 0) / n_tokens
+def _weigh_tokens(
+    squares, weights, means, mean_length, n_tokens, n_tiles, clip, d_in, GIVEN: tl.constexpr, CHUNK: tl.constexpr
+):
+    if GIVEN:
+        longest = clip * tl.load(mean_length)
+    else:
+        lengths = tl.zeros([CHUNK], tl.float32)
+        for begin in range(0, n_tokens, CHUNK):
+            lengths += tl.sqrt(_squares(squares, begin + tl.arange(0, CHUNK), n_tokens, n_tiles, CHUNK))
+        longest = clip * tl.sum(lengths, 0) / n_tokens
     plain = tl.zeros([CHUNK], tl.float32)
     weighted = tl.zeros([CHUNK], tl.float32)
     for begin in range(0, n_tokens, CHUNK):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import gc
 import logging
 import os
 import re
@@ -52,18 +51,12 @@ def main(args: Sequence[str] | None = None) -> int:
 def run_stage(verb: str, arguments: Sequence[str]) -> None:
     """Run a Trainer verb in this process, as `fluxsae VERB ARGUMENTS…` does, and let its errors through.
 
-    Nothing of it stays in memory, neither the host's nor a GPU's.
+    Nothing keeps what it had in memory, which is free once it has been collected.
     """
-    # Lightning takes seconds to import, which `--help` need not wait for.
-    import torch
-
-    from fluxsae.trainer_cli import TrainerCLI
+    from fluxsae.trainer_cli import TrainerCLI  # Lightning takes seconds to import, which `--help` need not wait for
 
     _quieten()  # after the import, which sets its loggers' levels
     vars(TrainerCLI.start(verb, arguments)).clear()  # jsonargparse holds on to it until another one is parsed
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 def _run(arguments: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import gc
 import hashlib
 import os
 import shutil
@@ -122,6 +123,15 @@ def run_study(config: Path, force: Collection[str] = (), until: str | None = Non
         _run_stages(study, force, until)
 
 
+def _free_memory() -> None:
+    """The next stage wants what this one had, on the host and on a GPU."""
+    import torch  # which takes seconds the first time: `fluxsae --help` need not wait for it
+
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _run_stages(study: Study, force: Collection[str], until: str | None) -> None:
     started = time.monotonic()
     stages = study.stages[: study.names.index(until) + 1] if until else study.stages
@@ -133,6 +143,7 @@ def _run_stages(study: Study, force: Collection[str], until: str | None) -> None
         else:
             _say(f"{label:<22} {step.stage.command} -c {step.stage.config}  ({step.reason})")
             seconds = _run(study, step, forced=bool({step.stage.name, "all"} & set(force)))
+            _free_memory()
             _say(f"{'':<22} done in {_duration(seconds)}")
             n_run += 1
         if step.stage.name == until:

@@ -388,9 +388,13 @@ class SAETraining(TrainedOnTokens):
         return min(1.0, self.global_step / steps) if steps > 0 else 1.0
 
     def _count(self, fired: Tensor, n_tokens: int) -> None:
-        processes = self._processes
-        self.since_fired.add_(n_tokens * processes.n).masked_fill_(processes.anywhere(fired), 0)
-        self.tokens_seen.add_(n_tokens * processes.n)
+        n: int | Tensor = n_tokens
+        if self._processes.n > 1:  # the number of all, as replicas with other numbers would take others for dead
+            here = torch.cat([fired.int(), torch.full_like(fired[:1], n_tokens, dtype=torch.int32)])
+            total = self._processes.total(here)
+            fired, n = total[:-1] > 0, total[-1]
+        self.since_fired.add_(n).masked_fill_(fired, 0)
+        self.tokens_seen.add_(n)
 
     @torch.no_grad()
     def _resample(self, batch: Tensor) -> None:

@@ -31,9 +31,10 @@ NEVER_FIRE = 10
 class Slices(IterableDataset[Tensor]):
     """Batches that are the same in every process, and of each batch this process's share."""
 
-    def __init__(self, processes: Processes, dtype: torch.dtype) -> None:
+    def __init__(self, processes: Processes, dtype: torch.dtype, lead: int) -> None:
         self.dtype = dtype
-        self.share = slice(*(BATCH * (processes.rank + i) // processes.n for i in (0, 1)))
+        ends = [BATCH * i // processes.n + (lead if 0 < i < processes.n else 0) for i in range(processes.n + 1)]
+        self.share = slice(*ends[processes.rank : processes.rank + 2])
 
     def __iter__(self) -> Iterator[Tensor]:
         source, generator = dictionary(D_IN), torch.Generator().manual_seed(0)
@@ -42,13 +43,17 @@ class Slices(IterableDataset[Tensor]):
 
 
 class SlicedData(LightningDataModule):
-    """Tokens for processes whose batches together are what one process sees."""
+    """Tokens for processes whose batches together are what one process sees; the first one's has `lead` more."""
+
+    def __init__(self, lead: int = 0) -> None:
+        super().__init__()
+        self.lead = lead
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
         module = self.trainer.lightning_module
         assert isinstance(module, SAETraining)
-        return DataLoader(Slices(Processes.of(self.trainer), module.sae.W_dec.dtype), batch_size=None)
+        return DataLoader(Slices(Processes.of(self.trainer), module.sae.W_dec.dtype, self.lead), batch_size=None)
 
     val_dataloader = train_dataloader
 

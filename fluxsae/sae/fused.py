@@ -104,7 +104,7 @@ class FusedStep:
 
     Between steps the decoder's rows may be off unit length by what one step of Adam changes; `settle` makes them exact,
     and must be called before anyone else reads or writes the weights. With several `processes` all make the same steps,
-    each on as many tokens of its own.
+    by the average of what their own tokens say.
     """
 
     def __init__(self, sae: SAE, settings: Settings, processes: Processes = ALONE) -> None:
@@ -222,7 +222,9 @@ class FusedStep:
         """The tokens' weights, by which `error` is multiplied."""
         mean_length = None
         if self.processes.n > 1:
-            mean_length = self.processes.total(squares.sum(dim=0).sqrt_().mean()) / self.processes.n
+            lengths = squares.sum(dim=0).sqrt_()
+            sum_and_count = self.processes.total(torch.stack([lengths.sum(), torch.ones_like(lengths).sum()]))
+            mean_length = sum_and_count[0] / sum_and_count[1]
         weighed = scalars.weigh_tokens(squares, self.settings.clip_tokens, self.sae.d_in, mean_length)
         columns.weigh(error, weighed.weights)
         return weighed
@@ -234,7 +236,7 @@ class FusedStep:
 
     def _update(self, states: _States) -> None:
         found, sae = self._found, self.sae
-        factor = 2 / (self.processes.n * len(self.x) * sae.d_in)
+        factor = 2 / (len(self.x) * sae.d_in) if self.processes.n == 1 else 2 / (self.processes.n * sae.d_in)
         betas, eps = self.settings.betas, self.settings.eps
         b_dec = columns.column_sums(found.error)
         b_dec -= columns.column_sums(self.enc_low, found.bias)
@@ -274,29 +276,29 @@ class FusedStep:
             row_updates.update_given(state, gradient.view(1, -1), hyper, betas)
 
     def _of_all(self, found: _Found, b_dec: Float[Tensor, "D"]) -> tuple[_Found, Float[Tensor, "D"]]:
-        """The loss, short gradients and auxiliary rows, added up over processes."""
-        loss, aux = found.outcome.loss, found.aux
-        total = self.processes.total(torch.cat([loss[None], found.along, aux.bias, b_dec]))
+        """The loss, short gradients and auxiliary rows, a token, added up over processes."""
+        loss, aux, share = found.outcome.loss, found.aux, 1 / len(self.x)
+        total = self.processes.total(torch.cat([loss[None], found.along, aux.bias, b_dec]) * share)
         loss, along, bias, b_dec = total.split([1, len(found.along), len(aux.bias), len(b_dec)])
         if aux.enc is not None and aux.dec is not None:
-            rows = self.processes.total(torch.stack([aux.enc.gradient, aux.dec.gradient]))
+            rows = self.processes.total(torch.stack([aux.enc.gradient, aux.dec.gradient]) * share)
             aux = aux._replace(enc=aux.enc._replace(gradient=rows[0]), dec=aux.dec._replace(gradient=rows[1]))
         outcome = found.outcome._replace(loss=loss[0])
         return found._replace(outcome=outcome, along=along, aux=aux._replace(bias=bias)), b_dec
 
     def _sent(self, found: _Found) -> list[tuple[Float[Tensor, "F D"], Work]]:
-        """The gradients of W_enc and W_dec, on their way to be added up; the first while the second is made."""
-        sent = []
+        """The gradients of W_enc and W_dec a token, on their way to be added up; the first while the second is made."""
+        sent, share = [], 1 / len(self.x)
         for name, left, right in (("W_enc", found.slopes, self.x), ("W_dec", found.codes, found.error)):
             gradient = self._gradients.setdefault(name, self.dec_low.new_empty(self.dec_low.shape))
             if (lists := found.lists) is not None:
                 weights = lists.slopes if name == "W_enc" else lists.values
                 pieces = self.x.new_empty(len(lists.owners), self.sae.d_in, dtype=torch.float32)
                 row_updates.sum_pieces(lists, weights, right, pieces)
-                row_updates.gather(lists, weights, right, pieces, gradient)
+                row_updates.gather(lists, weights, right, pieces, share, gradient)
             else:
                 assert left is not None
-                torch.mm(left.T, right, out=gradient)
+                torch.addmm(gradient, left.T, right, beta=0, alpha=share, out=gradient)
             sent.append((gradient, self.processes.add_up(gradient)))
         return sent
 

@@ -99,13 +99,15 @@ def gather(
     weights: Float[Tensor, "M"],
     source: Float[Tensor, "N D"],
     pieces: Float[Tensor, "R D"],
+    factor: float,
     gradient: Float[Tensor, "F D"],
 ) -> None:
-    """Write Σ weights · source[tokens], which `update_gathered` makes and uses, for whoever has to send it around."""
+    """Write factor · Σ weights · source[tokens]: what `update_gathered` makes and uses, for who sends it around."""
     n_features, d_in = gradient.shape
     block = min(TILE, triton.next_power_of_2(d_in))
     _gather[(n_features * triton.cdiv(d_in, block),)](
-        *(lists.tokens, weights, lists.counts, lists.starts, lists.pieces, source, pieces, gradient, n_features, d_in),
+        *(lists.tokens, weights, lists.counts, lists.starts, lists.pieces, source, pieces, gradient),
+        *(n_features, d_in, factor),
         PIECE=PIECE,
         ROWS=_ROWS,
         BLOCK=block,
@@ -257,6 +259,7 @@ def _gather(
     gradient,
     n_features,
     d_in,
+    FACTOR,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -264,6 +267,7 @@ def _gather(
     f = tl.program_id(0) % n_features
     d = tl.program_id(0) // n_features * BLOCK + tl.arange(0, BLOCK)
     total = _sum_list(tokens, weights, counts, starts, first_piece, source, pieces, f, d, d_in, PIECE, ROWS, BLOCK)
+    total *= FACTOR
     tl.store(gradient + f.to(tl.int64) * d_in + d, total.to(gradient.dtype.element_ty), mask=d < d_in)
 
 

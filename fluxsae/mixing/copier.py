@@ -66,6 +66,8 @@ class Copier:
             self._commands: BinaryIO = self._process.stdin  # type: ignore[assignment]  # typeshed: IO[bytes]
             self._answers = self._process.stdout.fileno()
             os.set_blocking(self._answers, False)
+            self._arrivals = select.poll()
+            self._arrivals.register(self._answers, select.POLLIN)
             told = {"memory": file.fileno(), "threads": n_threads, "paths": [str(path.absolute()) for path in paths]}
             self._send(json.dumps(told).encode() + b"\n")
 
@@ -80,7 +82,7 @@ class Copier:
         RuntimeError when the process has ended.
         """
         if wait:
-            select.select([self._answers], [], [])
+            self._arrivals.poll()
         try:
             found = os.read(self._answers, 1024 * _ANSWER.size)
         except BlockingIOError:

@@ -129,7 +129,8 @@ class DeviceMixing:
         """Some rows as new ones; fp8 comes decoded where a kernel does that on the way."""
         if rows.scale is None or not self._decodes:
             return rows.taken(index)
-        return Rows(kernels.gather_decoded(rows.tokens, rows.scale, index), None)
+        with torch.cuda.device_of(index):  # where a kernel is launched, whatever its tensors
+            return Rows(kernels.gather_decoded(rows.tokens, rows.scale, index), None)
 
     def _piece(self) -> Rows:
         n = self.n_images * self.reader.n_tokens
@@ -138,10 +139,9 @@ class DeviceMixing:
 
 
 class Slot(NamedTuple):
-    """Host memory for some images on their way to the device, where it begins, and the event of its arrival there."""
+    """Host memory for some images on their way to the device, and the event of their arrival there."""
 
     number: int
-    begin: int
     rows: Rows
     arrival: torch.cuda.Event | None
 
@@ -174,7 +174,7 @@ class Ring:
         self._free: list[Slot] = []
         for i in range(n_slots):
             rows = reader.format.rows(n_rows, self._memory[i * n_bytes :])
-            self._free.append(Slot(i, i * n_bytes, rows, torch.cuda.Event(blocking=True) if on_cuda else None))
+            self._free.append(Slot(i, rows, torch.cuda.Event(blocking=True) if on_cuda else None))
         self._waiting: deque[Job] = deque()
         self._reading: dict[int, tuple[Slot, Job]] = {}
         self._leaving: deque[Slot] = deque()

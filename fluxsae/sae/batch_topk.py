@@ -46,7 +46,7 @@ class BatchTopK(SAE):
         return {"k": self.k, **super().options()}
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
-        return torch.where(pre_acts > self.threshold, pre_acts, 0.0)
+        return torch.where(pre_acts <= self.threshold, 0.0, pre_acts)  # NaN stays NaN
 
     def run(self, x: Float[Tensor, "N D"]) -> Pass:
         pre = self.project(x)

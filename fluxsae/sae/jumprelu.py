@@ -70,7 +70,7 @@ class JumpReLU(SAE):
         return {**ours, **super().options()}
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
-        return torch.where(pre_acts > self.threshold, pre_acts, 0.0)
+        return torch.where(pre_acts <= self.threshold, 0.0, pre_acts)  # NaN stays NaN
 
     def run(self, x: Float[Tensor, "N D"]) -> Pass:
         pre = self.project(x)
@@ -103,7 +103,7 @@ class _Jump(torch.autograd.Function):
     def forward(ctx: Any, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
         ctx.save_for_backward(pre_acts, threshold)
         ctx.bandwidth = bandwidth
-        return torch.where(pre_acts > threshold, pre_acts, 0.0)
+        return torch.where(pre_acts <= threshold, 0.0, pre_acts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -49,6 +49,15 @@ def test_parts_do_not_matter(kind: type[SAE], part: int, monkeypatch: pytest.Mon
     assert torch.allclose(chosen, codes[1][:, [3, 0, 19]], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [L1, TopK, BatchTopK, JumpReLU])
+def test_nan_is_no_score(kind: type[SAE]) -> None:
+    """Scoring stops at one that is not finite: NaN must not pass for a feature that has no code."""
+    sae, tokens = make(kind, 8, 20), draw(3, 7, 8)
+    tokens[1, 4, 2] = torch.nan
+    scores, _ = PlainPooling(sae).pool(tokens)
+    assert bool(scores[1].isnan().any()) and not bool(scores[[0, 2]].isnan().any())
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", [L1, BatchTopK])
 def test_thresholds_inside_the_product(kind: type[SAE]) -> None:

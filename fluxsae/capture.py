@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, partial
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,7 @@ from fluxsae.capture_folder import (
     token_bytes,
 )
 from fluxsae.capture_progress import ProgressLog
-from fluxsae.flux.embeddings import EmbeddingCache
+from fluxsae.flux.embeddings import EmbeddingCache, EmbeddingsAhead
 from fluxsae.flux.generate import generate, pictures, time_shift
 from fluxsae.flux.load import FluxPipeline, load_frame, load_pipeline, transformer_skeleton, weights_identity
 from fluxsae.flux.place import place
@@ -144,6 +144,7 @@ class FluxCapture(LightningModule):
         self.offload_blocks = offload_blocks
         self.sets: list[CaptureSet] = []
         self._background = Background()
+        self._embeddings: EmbeddingsAhead | None = None
         self._n_made = 0
         self._started = math.nan
 
@@ -182,7 +183,7 @@ class FluxCapture(LightningModule):
     def on_predict_end(self) -> None:
         """Once every process is done, the first writes each set's metadata: a set that has it is whole."""
         self._background.wait()
-        self._background.stop()
+        self._stop()
         seconds = time.monotonic() - self._started
         logger.info(
             "made %d images in %.0f s (%.2f images/s)", self._n_made, seconds, self._n_made / max(seconds, 1e-9)
@@ -206,26 +207,43 @@ class FluxCapture(LightningModule):
 
     def abandon(self) -> None:
         """Stop writing; what of a shard is on the disk in whole batches stays for the next run."""
-        self._background.stop()
+        self._stop()
         for one in self.sets:
             one.writer.abandon()
 
+    def _stop(self) -> None:
+        """Return once no thread is at work any more."""
+        if self._embeddings is not None:
+            self._embeddings.close()
+        self._background.stop()
+
     @cached_property
-    def _pipe_and_embeddings(self) -> tuple[FluxPipeline, EmbeddingCache]:
+    def _pipe_and_embeddings(self) -> tuple[FluxPipeline, EmbeddingsAhead]:
         """Loaded when first needed: a finished capture that is started again loads nothing."""
         pipe = load_pipeline(self.model, dtype=getattr(torch, self.spec.dtype))
         kept = self.folder / "embeddings" if self.keep_embeddings else None
-        embeddings = EmbeddingCache(kept, pipe, self.spec.model_hash, self.spec.text_length)
+        cache = EmbeddingCache(kept, pipe, self.spec.model_hash, self.spec.text_length)
         if self.keep_embeddings:
-            embeddings.encode_ahead([request.prompt for request in self._requests_to_come], self.device)
+            cache.encode_ahead([request.prompt for request in self._requests_to_come], self.device)
         compiled = self.device.type == "cuda" if self.compile_blocks is None else self.compile_blocks
-        return place(pipe, self.device, n_offloaded=self.offload_blocks, compiled=compiled), embeddings
+        pipe = place(pipe, self.device, n_offloaded=self.offload_blocks, compiled=compiled)
+        self._embeddings = EmbeddingsAhead(cache, self.device)
+        return pipe, self._embeddings
 
     @cached_property
     def _requests_to_come(self) -> list[GenerationRequest]:
         """The images that this process has to make."""
-        batches = [batch for batch in self.data.predict_dataloader() if self._pending(batch)]
-        return [request for batch in batches for request in batch.requests]
+        return [request for batch in self._batches_to_come for request in batch.requests]
+
+    @cached_property
+    def _batches_to_come(self) -> list[RequestBatch]:
+        return [batch for batch in self.data.predict_dataloader() if self._pending(batch)]
+
+    @cached_property
+    def _following(self) -> dict[int, list[str]]:
+        """The prompts of the batch that comes after that which begins with an image."""
+        pairs = pairwise(self._batches_to_come)
+        return {one.requests[0].image: [request.prompt for request in after.requests] for one, after in pairs}
 
     def _pending(self, batch: RequestBatch) -> list[CaptureSet]:
         """The sets that do not have all of the batch yet."""
@@ -241,7 +259,9 @@ class FluxCapture(LightningModule):
         with record(pipe, sites, steps, stop_when_full=not images) as tape, suppress(TapeIsFull):
             pixels = generate(
                 pipe,
-                embeddings.get([request.prompt for request in batch.requests]),
+                embeddings.get(
+                    [request.prompt for request in batch.requests], self._following.get(batch.requests[0].image, ())
+                ),
                 [request.seed for request in batch.requests],
                 height=self.height,
                 width=self.width,

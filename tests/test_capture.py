@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from lightning import Trainer
 import fluxsae.capture
 import fluxsae.flux.place
 from fluxsae.capture import FluxCapture, PromptData, RequestBatch, image_seed, set_folder
+from fluxsae.flux.embeddings import EmbeddingCache, EmbeddingsAhead, PromptEmbeddings
 from fluxsae.flux.generate import Generated, generate
 from fluxsae.flux.load import load_pipeline
 from fluxsae.flux.record import record
@@ -310,6 +312,21 @@ def test_prompts_encoded_as_they_come_and_blocks_in_host_memory_change_nothing(
     assert files(tmp_path / "come") == expected
     run(capture(tiny_flux, tmp_path / "offload", keep_embeddings=False, offload_blocks=1), data(prompts))
     assert files(tmp_path / "offload") == expected
+    asked: list[list[str]] = []
+
+    def one_batch(cache: EmbeddingCache, prompts: list[str]) -> PromptEmbeddings:
+        asked.append(list(prompts))
+        return get(cache, prompts)
+
+    get, beside = EmbeddingCache.get, partial(EmbeddingsAhead, beside=True)
+    with (
+        mock.patch.object(fluxsae.capture, "EmbeddingsAhead", beside),
+        mock.patch.object(EmbeddingCache, "get", one_batch),
+    ):
+        run(capture(tiny_flux, tmp_path / "ahead", keep_embeddings=False), data(prompts))
+    assert files(tmp_path / "ahead") == expected
+    assert len(asked) == 5  # each batch once, in order
+    assert [prompt for some in asked for prompt in some] == [f"scene {image // 2}" for image in range(10)]
 
 
 def test_compiled_blocks(tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from diffusers import FluxTransformer2DModel
 from torch import nn
@@ -19,19 +20,31 @@ def is_compiled(transformer: nn.Module) -> bool:
     return any(module._compiled_call_impl is not None for module in transformer.modules())
 
 
-@contextmanager
-def uncompiled(transformer: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
+class Uncompiled:
     """Inside this context whatever contains one of `modules` runs as it is written.
 
-    A compiled block would not see hooks that were put into it later, or would be compiled anew as they change.
+    A compiled block would not see hooks that were put into it later, or would be compiled anew as they change. The
+    context may be entered again once it was left, and blocks may be in several.
     """
-    wanted = set(modules)
-    held = [module for module in transformer.modules() if wanted & set(module.modules())]
-    before = [module._compiled_call_impl for module in held]
-    try:
-        for module in held:
+
+    def __init__(self, transformer: nn.Module, modules: Iterable[nn.Module]) -> None:
+        wanted = set(modules)
+        self._held = [module for module in transformer.modules() if wanted & set(module.modules())]
+
+    def __enter__(self) -> None:
+        for module in self._held:
+            n_contexts, compiled = _HELD.get(module, (0, module._compiled_call_impl))
+            _HELD[module] = n_contexts + 1, compiled
             module._compiled_call_impl = None
-        yield
-    finally:
-        for module, compiled in zip(held, before, strict=True):
-            module._compiled_call_impl = compiled
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._held:
+            n_contexts, compiled = _HELD.pop(module)
+            if n_contexts > 1:
+                _HELD[module] = n_contexts - 1, compiled
+            else:
+                module._compiled_call_impl = compiled
+
+
+_HELD: MutableMapping[nn.Module, tuple[int, Any]] = WeakKeyDictionary()
+"""Modules that run as they are written: in how many contexts they are, and their compiled call."""

@@ -6,6 +6,7 @@ Legend: B batch, L text tokens, E their width, P pooled width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,80 @@ def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str], text_length: int)
     device = pipe.text_encoder_2.device
     parts = [pipe.encode_prompt(prompt, device=device, max_sequence_length=text_length)[:2] for prompt in prompts]
     return PromptEmbeddings(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+class EmbeddingsAhead:
+    """Brings the embeddings of batches to a device, those of the next one while the images of one are made.
+
+    On a GPU a thread does it, on a stream of its own: encoders of this size are short of work for a GPU, and whoever
+    makes images does not wait for them.
+
+    Args:
+        cache: where embeddings come from; nobody else must ask it meanwhile.
+        device: where they are wanted.
+        beside: whether the next ones come meanwhile; by default on a GPU.
+    """
+
+    def __init__(self, cache: EmbeddingCache, device: torch.device, beside: bool | None = None) -> None:
+        self._cache = cache
+        self._device = device
+        self._thread = _thread()
+        self._beside = device.type == "cuda" if beside is None else beside
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._coming: _Coming | None = None
+
+    def get(self, prompts: Sequence[str], following: Sequence[str] = ()) -> PromptEmbeddings:
+        """Those of `prompts`; from now on those of `following`, for the next call, are on their way."""
+        if not self._beside:
+            return self._bring(prompts).embeddings
+        if self._coming is None or self._coming.prompts != list(prompts):
+            self._send_for(prompts)
+        assert self._coming is not None
+        found, arrival = self._coming.embeddings.result()
+        self._coming = None
+        if following:
+            self._send_for(following)
+        if arrival is not None:
+            computation = torch.cuda.current_stream(self._device)
+            computation.wait_event(arrival)
+            for tensor in found:
+                tensor.record_stream(computation)  # its memory is not given away before it has been read
+        return found
+
+    def close(self) -> None:
+        """Return once nothing is on its way any more."""
+        self._coming = None
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._thread = _thread()
+
+    def _send_for(self, prompts: Sequence[str]) -> None:
+        self._coming = _Coming(list(prompts), self._thread.submit(self._bring, prompts))
+
+    def _bring(self, prompts: Sequence[str]) -> _Arriving:
+        with torch.cuda.stream(self._stream):  # does nothing where there is none
+            found = self._cache.get(prompts)
+            if self._stream is None:
+                return _Arriving(found, None)
+            there = PromptEmbeddings(*(one.pin_memory().to(self._device, non_blocking=True) for one in found))
+            return _Arriving(there, self._stream.record_event())
+
+
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="fluxsae-embeddings")
+
+
+class _Coming(NamedTuple):
+    """What is on its way, and for which prompts."""
+
+    prompts: list[str]
+    embeddings: Future[_Arriving]
+
+
+class _Arriving(NamedTuple):
+    """Embeddings, and when they are on the device."""
+
+    embeddings: PromptEmbeddings
+    arrival: torch.cuda.Event | None
 
 
 class EmbeddingCache:

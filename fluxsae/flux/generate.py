@@ -84,9 +84,12 @@ def generate(
         raise ValueError(f"there are {len(prompts.prompt)} prompts but {len(seeds)} seeds; give each prompt its seed.")
     device, dtype = pipe._execution_device, pipe.transformer.dtype
     exact = device.type == "cpu" and dtype == torch.float32 and not is_compiled(pipe.transformer)
+    noise = initial_noise(seeds, height, width, pipe.transformer.config.in_channels // 4, dtype)
+    if device.type == "cuda":  # without waiting for what the device still has to do
+        noise = noise.pin_memory().to(device, non_blocking=True)
     with EachAlone(len(seeds)) if exact else nullcontext():
         latents: Tensor = pipe(
-            latents=initial_noise(seeds, height, width, pipe.transformer.config.in_channels // 4, dtype),
+            latents=noise,
             prompt_embeds=prompts.prompt.to(device, dtype),
             pooled_prompt_embeds=prompts.pooled.to(device, dtype),
             height=height,

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fluxsae.flux.compiled import uncompiled
+from fluxsae.flux.compiled import Uncompiled
 from fluxsae.flux.steps import StepCounter, count_steps
 from fluxsae.flux.streams import find_module, read_stream, replace_stream
 from fluxsae.sae.coder import SAE
@@ -89,7 +89,7 @@ def intervene(
     weights = None if mask is None else torch.as_tensor(mask, dtype=torch.float32).flatten()
     edit = _Edit(sae, shift, codes, weights)
     with ExitStack() as stack:
-        stack.enter_context(uncompiled(pipe.transformer, [module]))
+        stack.enter_context(Uncompiled(pipe.transformer, [module]))
         counter = stack.enter_context(count_steps(pipe))
         hook = _editor(edit, counter, where, window, schedule)
         stack.callback(module.register_forward_hook(hook).remove)

@@ -5,15 +5,17 @@ Legend: B batch, T tokens an image, D width.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fluxsae.flux.compiled import uncompiled
+from fluxsae.flux.compiled import Uncompiled
 from fluxsae.flux.steps import StepCounter, count_steps
 from fluxsae.flux.streams import find_module, read_stream
 from fluxsae.spec import Site, parse_site
@@ -93,23 +95,73 @@ def record(
     modules = [find_module(pipe.transformer, site) for site in parsed]
     tape = Tape(parsed, steps)
     with ExitStack() as stack:
-        stack.enter_context(uncompiled(pipe.transformer, modules))
         counter = stack.enter_context(count_steps(pipe, on_start=tape.start))
-        for site, module in zip(parsed, modules, strict=True):
-            hook = _recorder(tape, counter, site, frozenset(steps), stop_when_full)
-            stack.callback(module.register_forward_hook(hook).remove)
+        at = list(zip(parsed, modules, strict=True))
+        recorder = _Recorder(tape, counter, frozenset(steps), stop_when_full, Uncompiled(pipe.transformer, modules), at)
+        stack.callback(recorder.remove)
+        stack.callback(pipe.transformer.register_forward_pre_hook(recorder.before_pass).remove)
         yield tape
 
 
-def _recorder(
-    tape: Tape, counter: StepCounter, site: Site, steps: frozenset[int], stop_when_full: bool
-) -> Callable[[nn.Module, Any, Any], None]:
-    def after(module: nn.Module, args: Any, output: Any) -> None:
-        if counter.step in steps and counter.conditional:
-            # A copy: a view would keep the other stream alive, and later layers may work in place.
-            tokens = read_stream(output, site, counter.n_text).detach().clone()
-            tape.put(site, counter.step, tokens)
-            if stop_when_full and tape.is_full:
-                raise TapeIsFull
+class _Recorder:
+    """The hooks of a `record`, in their modules only during the passes that are wanted: in others blocks run compiled."""
 
-    return after
+    def __init__(
+        self,
+        tape: Tape,
+        counter: StepCounter,
+        steps: frozenset[int],
+        stop_when_full: bool,
+        uncompiled: Uncompiled,
+        at: Sequence[tuple[Site, nn.Module]],
+    ) -> None:
+        self._tape = tape
+        self._counter = counter
+        self._steps = steps
+        self._stop_when_full = stop_when_full
+        self._uncompiled = uncompiled
+        self._hooks = [_Hook(module, partial(self._record, site)) for site, module in at]
+        self._listens = False
+
+    def before_pass(self, *_: Any) -> None:
+        self._listen(self._counter.step in self._steps and self._counter.conditional)
+
+    def remove(self) -> None:
+        self._listen(False)
+
+    def _listen(self, wanted: bool) -> None:
+        if wanted == self._listens:
+            return
+        self._listens = wanted
+        if wanted:
+            self._uncompiled.__enter__()
+        for hook in self._hooks:
+            hook.put_in() if wanted else hook.take_out()
+        if not wanted:
+            self._uncompiled.__exit__()
+
+    def _record(self, site: Site, module: nn.Module, args: Any, output: Any) -> None:
+        # A copy: a view would keep the other stream alive, and later layers may work in place.
+        tokens = read_stream(output, site, self._counter.n_text).detach().clone()
+        self._tape.put(site, self._counter.step, tokens)
+        if self._stop_when_full and self._tape.is_full:
+            raise TapeIsFull
+
+
+class _Hook:
+    """A forward hook that comes and goes, and among a module's hooks always has the place that it was made for."""
+
+    def __init__(self, module: nn.Module, hook: Callable[[nn.Module, Any, Any], None]) -> None:
+        self._hooks: OrderedDict[int, Any] = module._forward_hooks  # type: ignore[assignment]
+        self._hook = hook
+        self._id = module.register_forward_hook(hook).id
+        self.take_out()
+
+    def put_in(self) -> None:
+        later = [other for other in self._hooks if other > self._id]
+        self._hooks[self._id] = self._hook
+        for other in later:
+            self._hooks.move_to_end(other)
+
+    def take_out(self) -> None:
+        self._hooks.pop(self._id, None)

@@ -234,3 +234,35 @@ def test_hooks_work_in_a_pipeline_with_compiled_blocks(tiny_flux: Path) -> None:
         )
     block = pipe.transformer.get_submodule("transformer_blocks.1")
     assert block._compiled_call_impl is not None and len(calls) <= n_compiled + 2
+
+
+def test_a_block_runs_compiled_in_passes_that_are_not_recorded(tiny_flux: Path) -> None:
+    pipe, site = load_pipeline(tiny_flux), "transformer_blocks.1.ff"
+    expected = by_hand(pipe, site, ["a fox"])
+    runs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(1)
+            return graph.forward(*args)
+
+        return run
+
+    pipe.transformer.transformer_blocks[1].compile(backend=backend)
+    for seen in ([1, 2], [0], []):  # also when it is first compiled between two passes that are recorded
+        runs.clear()
+        with record(pipe, [site], seen) as tape:
+            pipe("a fox", generator=torch.Generator().manual_seed(0), **CALL)
+        assert len(runs) == N_STEPS - len(seen)
+        assert all(torch.equal(tape[site, step], expected[step]) for step in seen)
+
+
+def test_hooks_run_in_the_order_in_which_they_were_entered(tiny_pipe: FluxPipeline) -> None:
+    site, step = "transformer_blocks.1.ff", 2
+    plain = on_tape(tiny_pipe, site, step, ["a fox"])
+    edit = {"direction": torch.ones(32), "strength": 1.0, "mean_norm": 1.0, "site": site, "steps": [step]}
+    before, after = record(tiny_pipe, [site], [step]), record(tiny_pipe, [site], [step])
+    with before as unedited, intervene(tiny_pipe, **edit), after as edited:
+        tiny_pipe("a fox", generator=torch.Generator().manual_seed(0), **CALL)
+    assert torch.equal(unedited[site, step], plain)
+    assert not torch.equal(edited[site, step], plain)

@@ -39,7 +39,8 @@ from fluxsae.storage import whole_file
 from fluxsae.training import SAETraining
 
 WARMUP = 20
-"""Steps before a training is timed."""
+"""Steps before a training is timed, at the least: an epoch is over by then, as its last, smaller batch has kernels of
+its own that are made when they are first needed."""
 
 
 class Spent(NamedTuple):
@@ -189,12 +190,13 @@ def train(shards: ShardSet, options: argparse.Namespace, folder: Path) -> list[T
     data = ActivationData(
         shards.folder, options.batch_size, buffer_images=options.buffer_images, readers=n_readers, val_fraction=1e-6
     )
-    same = DataLoader(Same(resident, options.steps + WARMUP), batch_size=None)
+    warmup = max(WARMUP, 2 + len(shards) * shards.spec.n_tokens // options.batch_size)
+    same = DataLoader(Same(resident, options.steps + warmup), batch_size=None)
     for case, how in (
         ("step alone", {"train_dataloaders": same, "val_dataloaders": same}),
         ("both together", {"datamodule": data}),
     ):
-        clock = Clock(data.feed)
+        clock = Clock(data.feed, warmup)
         fit(shards, options, folder, clock, **how)
         rate = options.steps * options.batch_size / clock.seconds
         found.append(told(Training(f"{name}, {case}", rate, clock.waited / clock.seconds)))
@@ -237,17 +239,18 @@ class Same(Dataset[Tensor]):
 
 
 class Clock(Callback):
-    """The seconds from step `WARMUP` to the end, the device's work included, and those spent in the loader."""
+    """The seconds from step `warmup` to the end, the device's work included, and those spent in the loader."""
 
-    def __init__(self, feed: Feed) -> None:
+    def __init__(self, feed: Feed, warmup: int) -> None:
         self.feed = feed
+        self.warmup = warmup
         self.seconds = self.waited = 0.0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step in (WARMUP, trainer.max_steps):
+        if trainer.global_step in (self.warmup, trainer.max_steps):
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize(pl_module.device)
-            sign = -1 if trainer.global_step == WARMUP else 1
+            sign = -1 if trainer.global_step == self.warmup else 1
             self.seconds += sign * time.perf_counter()
             self.waited += sign * self.feed.waited
 
@@ -258,7 +261,7 @@ def fit(shards: ShardSet, options: argparse.Namespace, folder: Path, clock: Cloc
         accelerator="gpu" if options.device == "cuda" else "cpu",
         devices=1,
         precision="bf16-mixed",
-        max_steps=WARMUP + options.steps,
+        max_steps=clock.warmup + options.steps,
         limit_val_batches=0,
         callbacks=[clock],
         logger=False,

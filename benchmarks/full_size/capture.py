@@ -2,13 +2,15 @@
 
 Random weights, made on the GPU, go through what `fluxsae predict -c configs/flux-dev/capture.yaml` runs. Beside it, in
 the same process, runs the loop that one would write: diffusers' pipeline at batch 1 with a forward hook. `--schnell`
-takes FLUX.1-schnell's setting instead, `--pixels` another size. `--tiny` runs all of it on a CPU in less than a minute,
-on 64×64 pixels and blocks of width 16, where the times mean little.
+takes FLUX.1-schnell's setting instead, `--pixels` another size. `--card 24` caps the memory at so many GB, takes the
+settings for such a card, and weights from host memory. `--tiny` runs all of it on a CPU in less than a minute, on 64×64
+pixels and blocks of width 16, where the times mean little.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +21,7 @@ from unittest import mock
 import torch
 import yaml
 from diffusers import FluxPipeline
+from torch import nn
 
 import fluxsae.capture
 from benchmarks.full_size.model import FULL, TINY, Size, random_pipeline, write_frame
@@ -31,6 +34,9 @@ CONFIG = Path("configs/flux-dev/capture.yaml")
 MEMORY = Path("configs/flux-dev/memory")
 SCHNELL = {"n_steps": 4, "steps": [2], "text_length": 256}
 """What FLUX.1-schnell's setting changes, beside its transformer, which has no guidance embedding."""
+
+ONLY = ["tokens", "images", "several"]
+"""Short names of `cases`."""
 
 
 class Case(NamedTuple):
@@ -116,8 +122,11 @@ class Bench:
         self.setting: dict[str, Any] = {"height": pixels, "width": pixels, **(SCHNELL if schnell else {})}
         self.how: dict[str, Any] = self.values["model"]["init_args"] | self.setting
         self.frame = write_frame(folder / "model", size)
-        self.pipe = random_pipeline(size, dtype, torch.device("cpu") if card else device)
+        self.pipe = random_pipeline(size, dtype, device)
+        self.card = card
         if card is not None and device.type == "cuda":
+            self.pipe.to("cpu")
+            torch.cuda.empty_cache()
             share = card * 1e9 / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
 
@@ -130,9 +139,16 @@ class Bench:
             "plain loop", n_images, lambda: plain_loop(self.pipe, prompts[:n_images], self.how, self.folder / "plain")
         )
 
-    def capture(self, case: Case, n_prompts: int, batch_size: int) -> Result:
+    def capture(self, case: Case, n_prompts: int, batch_size: int | None) -> Result:
+        """A case, with as many images a batch, or as the card's settings have it."""
         repetitions = self.values["data"]["init_args"]["repetitions"]
         n_images = n_prompts * repetitions
+        if batch_size is None:
+            batch_size = next(
+                found["batch_size"]
+                for path in reversed(self.configs)
+                if "batch_size" in (found := yaml.safe_load(path.read_text())["data"].get("init_args", {}))
+            )
         self._predict(case, -(-batch_size // repetitions), batch_size, self.folder / f"warm-up {case.name}")
         result = self._timed(
             case.name, n_images, lambda: self._predict(case, n_prompts, batch_size, self.folder / case.name)
@@ -149,12 +165,20 @@ class Bench:
         arguments += [f"--data.init_args.limit={n_prompts}", f"--data.init_args.batch_size={batch_size}"]
         arguments += [f"--trainer.accelerator={'gpu' if self.device.type == 'cuda' else 'cpu'}"]
         arguments += ["--trainer.enable_progress_bar=false"]
-        parts = FluxPipeline(**self.pipe.components)  # a capture lets go of text encoders
+        parts = FluxPipeline(**self._components())
         parts.set_progress_bar_config(disable=True)
         with mock.patch.object(fluxsae.capture, "load_pipeline", lambda *_, **__: parts):
             code = fluxsae_main(["predict", *arguments])
         if code != 0:
             raise RuntimeError(f"fluxsae predict ended with code {code}, expected 0; its message is above.")
+
+    def _components(self) -> dict[str, Any]:
+        """The pipeline's; for a card, as they come from the disk: what a capture moves to the device, or lets go of, is
+        nobody else's."""
+        found = self.pipe.components
+        if self.card is None:
+            return found
+        return {name: _shell(part) if isinstance(part, nn.Module) else part for name, part in found.items()}
 
     def _timed(self, name: str, n_images: int, work: Callable[[], None]) -> Result:
         cuda = self.device.type == "cuda"
@@ -168,7 +192,14 @@ class Bench:
         return Result(name, n_images, seconds, n_images / seconds, None, gigabytes)
 
 
-def compare(bench: Bench, n_plain: int, work: Sequence[tuple[Case, int]], batch_size: int) -> list[Result]:
+def _shell(module: nn.Module) -> nn.Module:
+    """The same module on the same memory, until it is moved to another."""
+    tensors = [*module.parameters(), *module.buffers()]
+    shared = {id(one): nn.Parameter(one.data, False) if isinstance(one, nn.Parameter) else one.data for one in tensors}
+    return copy.deepcopy(module, shared)
+
+
+def compare(bench: Bench, n_plain: int, work: Sequence[tuple[Case, int]], batch_size: int | None) -> list[Result]:
     """The plain loop, where `n_plain` is not 0, and all of `cases` beside it, each with so many prompts.
 
     A table's line is printed for each.
@@ -179,9 +210,10 @@ def compare(bench: Bench, n_plain: int, work: Sequence[tuple[Case, int]], batch_
         result = bench.capture(case, n_prompts, batch_size)
         ratio = result.images_per_second / found[0].images_per_second if n_plain else None
         found.append(told(result._replace(ratio=ratio)))
-    one, several = (next(r for r in found if r.name == name) for name in ("tokens", "3 sites × 3 steps"))
-    more = one.images_per_second / several.images_per_second - 1
-    print(f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one.")
+    rates = {result.name: result.images_per_second for result in found}
+    if {"tokens", "3 sites × 3 steps"} <= rates.keys():
+        more = rates["tokens"] / rates["3 sites × 3 steps"] - 1
+        print(f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one.")
     return found
 
 
@@ -201,7 +233,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--schnell", action="store_true", help="4 steps, 256 text tokens, no guidance embedding")
     parser.add_argument("--pixels", type=int, help="on a side of an image; by default 256, with --tiny 64")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="by default 8, or what the card's settings say")
+    parser.add_argument("--only", choices=ONLY, help="one capture alone")
     parser.add_argument("--plain", type=int, default=12, help="images of the plain loop")
     parser.add_argument("--prompts", type=int, default=48, help="prompts of each capture, four images each")
     parser.add_argument("--json", type=Path, help="where the results go as well")
@@ -213,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bench = Bench(size, device, Path(folder), options.card, pixels, options.schnell)
         n_plain = 0 if options.card else options.plain
         work = [(case, options.prompts) for case in cases(bench.how)]
-        results = compare(bench, n_plain, work, options.batch_size)
+        work = work if options.only is None else [work[ONLY.index(options.only)]]
+        batch_size = options.batch_size or (None if options.card else 8)
+        results = compare(bench, n_plain, work, batch_size)
     if options.json is not None:
         where = "CPU" if options.tiny else torch.cuda.get_device_name(device)
         write_json(

@@ -104,7 +104,7 @@ def record(
 
 
 class _Recorder:
-    """The hooks of a `record`, in their modules only during the passes that are wanted: in others blocks run compiled."""
+    """The hooks of a `record`, in their modules only in the passes that are wanted: in others blocks run compiled."""
 
     def __init__(
         self,

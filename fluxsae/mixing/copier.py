@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO, NamedTuple
@@ -36,9 +36,10 @@ class Span(NamedTuple):
     size: int
 
 
+SPAN = struct.Struct("<IQQQ")
+"""A `Span`."""
 _COMMAND = struct.Struct("<II")
 """A number that the answer repeats, and how many spans follow."""
-_SPAN = struct.Struct("<IQQQ")
 _ANSWER = struct.Struct("<IB3x")
 """The number of a command, and whether all of it was read."""
 
@@ -71,10 +72,9 @@ class Copier:
             told = {"memory": file.fileno(), "threads": n_threads, "paths": [str(path.absolute()) for path in paths]}
             self._send(json.dumps(told).encode() + b"\n")
 
-    def read(self, number: int, spans: Iterable[Span]) -> None:
-        """Have `spans` read; `done` tells when that `number` is."""
-        packed = [_SPAN.pack(*span) for span in spans]
-        self._send(_COMMAND.pack(number, len(packed)) + b"".join(packed))
+    def read(self, number: int, spans: bytes) -> None:
+        """Have spans read, each packed as `SPAN` says; `done` tells when that `number` is."""
+        self._send(_COMMAND.pack(number, len(spans) // SPAN.size) + spans)
 
     def done(self, wait: bool) -> list[tuple[int, bool]]:
         """The numbers that have been dealt with since, and whether all their bytes were read; at least one for `wait`.
@@ -186,9 +186,9 @@ def _serve() -> None:
         threading.Thread(target=work, daemon=True).start()
     while len(head := commands.read(_COMMAND.size)) == _COMMAND.size:
         number, n_spans = _COMMAND.unpack(head)
-        spans = commands.read(n_spans * _SPAN.size)
-        if len(spans) == n_spans * _SPAN.size:
-            waiting.put((number, [Span(*span) for span in _SPAN.iter_unpack(spans)]))
+        spans = commands.read(n_spans * SPAN.size)
+        if len(spans) == n_spans * SPAN.size:
+            waiting.put((number, [Span(*span) for span in SPAN.iter_unpack(spans)]))
     os._exit(0)
 
 

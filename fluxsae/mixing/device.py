@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from fluxsae.mixing.copier import Copier, Span
+from fluxsae.mixing.copier import SPAN, Copier
 from fluxsae.mixing.memory import threads
 from fluxsae.mixing.order import Chunk
 from fluxsae.shards.rows import RowReader, Rows
@@ -31,13 +31,17 @@ if _HAS_TRITON := find_spec("triton") is not None:
 
 _SLOT = 2**24
 """Bytes of a slot, about: enough for what the interpreter does about it not to matter."""
+_SPANS = np.dtype([("file", "<u4"), ("offset", "<u8"), ("target", "<u8"), ("size", "<u8")])
+assert _SPANS.itemsize == SPAN.size
 
 
 class Located(NamedTuple):
-    """A chunk, and where its images lie: see `RowReader.located`."""
+    """Images of a chunk, where they lie (see `RowReader.located`), and in which order tokens are wanted."""
 
-    chunk: Chunk
+    images: list[int]
     places: Int64[np.ndarray, "I 3"]
+    order: Int64[Tensor, "N"]
+    ends_epoch: bool
 
 
 class Filling(NamedTuple):
@@ -84,7 +88,11 @@ class DeviceMixing:
 
         def next_located() -> Located | None:
             chunk = next(chunks, None)
-            return None if chunk is None else Located(chunk, self.reader.located(chunk.images))
+            if chunk is None:
+                return None
+            order = chunk.order[chunk.n_skipped :]
+            order = order.pin_memory() if ring.side is not None else order
+            return Located(chunk.images, self.reader.located(chunk.images), order, chunk.ends_epoch)
 
         with threads(1) as beside:  # to draw a permutation, and find images, takes longer than a step
             found, coming, i = next_located(), beside.submit(next_located), 0
@@ -98,15 +106,13 @@ class DeviceMixing:
                 yield now
 
     def _fill(self, found: Located, piece: Rows, ring: Ring) -> Filling:
-        chunk, n_tokens = found.chunk, self.reader.n_tokens
-        order = chunk.order[chunk.n_skipped :]
-        order = (order.pin_memory() if ring.side is not None else order).to(self.device, non_blocking=True)
+        n_tokens, order = self.reader.n_tokens, found.order.to(self.device, non_blocking=True)
         ring.after_computation()
-        for i in range(0, len(chunk.images), self.images_per_slot):
-            images = chunk.images[i : i + self.images_per_slot]
+        for i in range(0, len(found.images), self.images_per_slot):
+            images = found.images[i : i + self.images_per_slot]
             rows = piece.part(i * n_tokens, (i + len(images)) * n_tokens)
             ring.put(Job(images, found.places[i : i + len(images)], rows))
-        return Filling(piece, order, chunk.ends_epoch)
+        return Filling(piece, order, found.ends_epoch)
 
     def _gathered(self, fillings: Iterable[Filling], ring: Ring) -> Iterator[Rows | None]:
         waiting: Rows | None = None
@@ -188,16 +194,17 @@ class Ring:
         """Send what has been read, and have more read; `wait` until there is something to do."""
         if wait and not self._reading and self._leaving and (arrival := self._leaving[0].arrival) is not None:
             arrival.synchronize()
-        for number, whole in self._copier.done(wait and bool(self._reading)):
-            slot, job = self._reading.pop(number)
-            part = slot.rows.part(0, len(job.rows.tokens))
-            if not whole:
-                self.reader.read_in_order(job.images, part)  # which tells what is wrong
-            with torch.cuda.stream(self.side):  # does nothing where there is none
+        done = self._copier.done(wait and bool(self._reading))
+        with torch.cuda.stream(self.side):  # does nothing where there is none
+            for number, whole in done:
+                slot, job = self._reading.pop(number)
+                part = slot.rows.part(0, len(job.rows.tokens))
+                if not whole:
+                    self.reader.read_in_order(job.images, part)  # which tells what is wrong
                 job.rows.copy_(part)
                 if slot.arrival is not None:
                     slot.arrival.record(self.side)
-            self._leaving.append(slot)
+                self._leaving.append(slot)
         self._read_more()
 
     def finish(self) -> None:
@@ -232,13 +239,17 @@ class Ring:
             self._reading[slot.number] = slot, job
             self._copier.read(slot.number, self._spans(slot, job))
 
-    def _spans(self, slot: Slot, job: Job) -> Iterator[Span]:
-        for one, at in ((slot.rows.tokens, 1), (slot.rows.scale, 2)):
-            if one is not None:
-                begin = one.data_ptr() - self._memory.data_ptr()
-                size = one[: self.reader.n_tokens].nbytes
-                for i, place in enumerate(job.places.tolist()):
-                    yield Span(place[0], place[at], begin + i * size, size)
+    def _spans(self, slot: Slot, job: Job) -> bytes:
+        """What of which file goes where in a slot: tokens, then scales where there are any."""
+        n = len(job.images)
+        parts = [(one, at) for one, at in ((slot.rows.tokens, 1), (slot.rows.scale, 2)) if one is not None]
+        spans = np.empty((len(parts), n), _SPANS)
+        spans["file"] = job.places[:, 0]
+        for (one, at), of in zip(parts, spans, strict=True):
+            of["size"] = size = one[0].nbytes * self.reader.n_tokens
+            of["offset"] = job.places[:, at]
+            of["target"] = one.data_ptr() - self._memory.data_ptr() + size * np.arange(n)
+        return spans.tobytes()
 
 
 def _lock(memory: Tensor) -> bool:

@@ -31,7 +31,7 @@ if find_spec("triton") is not None:
     from fluxsae.sae.kernels.feature_lists import FeatureLists
     from fluxsae.sae.kernels.row_updates import AdamState, UnitRows
 
-SPARSE_UP_TO = 96
+SPARSE_UP_TO = 128
 """The largest k for which gathering rows beats matrix products (measured on an H100 at D = 3072, F = 12288)."""
 
 

@@ -32,8 +32,11 @@ def test_the_captures_beside_the_plain_loop(tmp_path: Path, capsys: pytest.Captu
     assert [result["name"] for result in found["results"]] == names and found["torch"] == torch.__version__
     assert all(result["ratio"] > 0 for result in found["results"])
     assert "3 sites × 3 steps takes" in capsys.readouterr().out
-    main(["--tiny", "--card", "40", "--schnell", "--pixels", "32", "--prompts", "1", "--batch-size", "4"])
-    assert "plain loop" not in capsys.readouterr().out
+    only = "tokens and images"
+    main(
+        ["--tiny", "--card", "40", "--schnell", "--pixels", "32", "--prompts", "1", "--only", only, "--json", str(path)]
+    )
+    assert [result["name"] for result in json.loads(path.read_text())["results"]] == [only]
 
 
 @pytest.mark.slow

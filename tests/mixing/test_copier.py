@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fluxsae.mixing import copier
-from fluxsae.mixing.copier import Copier, Span, _Files, _read
+from fluxsae.mixing.copier import SPAN, Copier, Span, _Files, _read
 
 N_BYTES = 1 << 16
 
@@ -33,6 +33,10 @@ def reader(paths: list[Path]) -> Iterator[Copier]:
     one.close()
 
 
+def packed(*spans: Span) -> bytes:
+    return b"".join(SPAN.pack(*span) for span in spans)
+
+
 def answers(reader: Copier, n: int) -> dict[int, bool]:
     found: dict[int, bool] = {}
     while len(found) < n:
@@ -43,7 +47,7 @@ def answers(reader: Copier, n: int) -> dict[int, bool]:
 def test_bytes_come_from_where_they_are_to_where_they_are_wanted(reader: Copier, paths: Sequence[Path]) -> None:
     spans = [Span(i % 3, 7 * i, 300 * i, 300) for i in range(200)]
     for number in range(50):
-        reader.read(number, spans[number * 4 : number * 4 + 4])
+        reader.read(number, packed(*spans[number * 4 : number * 4 + 4]))
     assert answers(reader, 50) == dict.fromkeys(range(50), True)
     files = [path.read_bytes() for path in paths[:3]]
     for file, offset, target, size in spans:
@@ -52,9 +56,9 @@ def test_bytes_come_from_where_they_are_to_where_they_are_wanted(reader: Copier,
 
 
 def test_what_cannot_be_read_is_said_and_the_rest_goes_on(reader: Copier) -> None:
-    reader.read(1, [Span(0, 4900, 0, 101)])  # one byte more than there is
-    reader.read(2, [Span(3, 0, 0, 1)])  # no such file
-    reader.read(3, [Span(0, 4900, 0, 100)])
+    reader.read(1, packed(Span(0, 4900, 0, 101)))  # one byte more than there is
+    reader.read(2, packed(Span(3, 0, 0, 1)))  # no such file
+    reader.read(3, packed(Span(0, 4900, 0, 100)))
     assert answers(reader, 3) == {1: False, 2: False, 3: True}
 
 
@@ -79,17 +83,17 @@ def test_a_file_system_that_gives_less_than_it_is_asked_for(
 def test_memory_of_a_system_without_nameless_files(paths: Sequence[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create", raising=False)
     reader = Copier(paths, N_BYTES, 1)
-    reader.read(0, [Span(0, 0, 100, 50)])
+    reader.read(0, packed(Span(0, 0, 100, 50)))
     assert answers(reader, 1) == {0: True} and reader.memory[100:150] == paths[0].read_bytes()[:50]
     reader.close()
 
 
 def test_signals_to_a_whole_group_do_not_end_it(reader: Copier) -> None:
-    reader.read(0, [Span(0, 0, 0, 1)])
+    reader.read(0, packed(Span(0, 0, 0, 1)))
     answers(reader, 1)  # it is up
     for sent in (signal.SIGINT, signal.SIGTERM):
         os.kill(reader._process.pid, sent)
-    reader.read(1, [Span(0, 0, 0, 1)])
+    reader.read(1, packed(Span(0, 0, 0, 1)))
     assert answers(reader, 1) == {1: True}
 
 
@@ -98,7 +102,7 @@ def test_its_end_is_told(reader: Copier) -> None:
     with pytest.raises(RuntimeError, match="ended with code -9"):
         reader.done(wait=True)
     with pytest.raises(RuntimeError, match="ended with code -9"):
-        reader.read(0, [Span(0, 0, 0, 1)])
+        reader.read(0, packed(Span(0, 0, 0, 1)))
 
 
 def test_it_ends_with_who_started_it(paths: Sequence[Path]) -> None:

@@ -20,6 +20,11 @@ def test_the_pipeline_of_a_folder(tiny_flux: Path, tiny_pipe: FluxPipeline) -> N
     assert load_pipeline(tiny_flux, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
 
 
+def test_weights_begin_where_pytorchs_own_memory_would(tiny_pipe: FluxPipeline) -> None:
+    parts = (tiny_pipe.transformer, tiny_pipe.vae, tiny_pipe.text_encoder, tiny_pipe.text_encoder_2)
+    assert all(weight.data_ptr() % 64 == 0 for part in parts for weight in part.parameters())
+
+
 def test_the_frame_and_the_skeleton_hold_no_weights(tiny_flux: Path) -> None:
     frame = load_frame(tiny_flux)
     assert frame.transformer is None and frame.tokenizer_2.model_max_length == 16

@@ -134,12 +134,16 @@ class ActivationData(LightningDataModule):
         if not self.shard_set.with_tokens:
             raise ValueError(f"{self.shards} holds no images; capture some first.")
         if stage != "predict":
-            n_images = min(map(len, self.split))
-            if n_images < self._part.of:
-                raise ValueError(
-                    f"{self._part.of} processes cannot share the {n_images} images on one side of the split "
-                    f"of {self.shards}; use fewer processes or capture more prompts."
-                )
+            self._check_shares(min(map(len, self.split)), "on one side of the split")
+        elif self._part.of > 1:
+            self._check_shares(len(self._predicted), "to predict")
+
+    def _check_shares(self, n_images: int, where: str) -> None:
+        if n_images < self._part.of:
+            raise ValueError(
+                f"{self._part.of} processes cannot share the {n_images} images {where} of {self.shards}; "
+                "use fewer processes or capture more prompts."
+            )
 
     def teardown(self, stage: str) -> None:
         """Give up what was read for an epoch that does not come."""
@@ -180,7 +184,7 @@ class ActivationData(LightningDataModule):
 
         With several processes, each takes one contiguous run of them.
         """
-        images = self.shard_set.with_tokens if self.only is None else self.only.images()
+        images = self._predicted
         begin, end = (len(images) * (self._part.rank + i) // self._part.of for i in (0, 1))
         mine, readers = images[begin:end], self.readers or 2
         pinned = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -192,6 +196,10 @@ class ActivationData(LightningDataModule):
         if isinstance(batch, StoredImages):
             return TokenBatch(batch.tokens(), batch.images)
         return batch.decoded() if isinstance(batch, Rows) else batch
+
+    @property
+    def _predicted(self) -> list[int]:
+        return self.shard_set.with_tokens if self.only is None else self.only.images()
 
     @property
     def _part(self) -> Part:

@@ -118,7 +118,14 @@ class PromptData(LightningDataModule):
         return GenerationRequest(image, prompt_id, repetition, seed, self.prompts[prompt_id].text)
 
     def setup(self, stage: str) -> None:
-        _ = self.prompts  # a wrong file is refused before any model is loaded
+        """ValueError, before any model is loaded, for a wrong file, or fewer shards than processes."""
+        n_images, n_processes = self.n_images, 1 if self.trainer is None else self.trainer.world_size
+        if 0 < self.n_shards < n_processes:
+            raise ValueError(
+                f"{n_processes} processes cannot share {n_images} images in {self.n_shards} shard(s) of "
+                f"{self.images_per_shard}, as each makes whole shards; lower images_per_shard to "
+                f"{max(1, n_images // n_processes)}, or use fewer processes."
+            )
 
     def predict_dataloader(self) -> Requests:
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)

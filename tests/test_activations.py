@@ -221,3 +221,7 @@ def test_more_processes_than_held_out_images_are_refused(shards: ShardSet, monke
             data.setup("fit")
     with pytest.raises(ValueError, match=f"{n_held_out + 1} processes cannot share the {n_held_out} images"):
         data.setup("fit")
+    share = {"rank": 0, "num_replicas": len(shards) + 1}
+    monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", property(lambda _: share))
+    with pytest.raises(ValueError, match=f"processes cannot share the {len(shards)} images to predict"):
+        data.setup("predict")

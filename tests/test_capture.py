@@ -79,6 +79,17 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def test_fewer_shards_than_processes_are_refused(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without any would end the others' wait for it at a time-out."""
+    monkeypatch.setattr(Trainer, "world_size", property(lambda _: 4))
+    asked = data(prompts)
+    asked.trainer = trainer()
+    with pytest.raises(ValueError, match=r"4 processes cannot share 10 images in 3 shard.*lower images_per_shard to 2"):
+        asked.setup("predict")
+    monkeypatch.setattr(Trainer, "world_size", property(lambda _: 3))
+    asked.setup("predict")
+
+
 @pytest.fixture
 def finished(tiny_flux: Path, prompts: Path, tmp_path: Path) -> Path:
     run(capture(tiny_flux, tmp_path / "finished"), data(prompts))

@@ -3,7 +3,8 @@
 Random weights, made on the GPU, go through what `fluxsae predict -c configs/flux-dev/capture.yaml` runs. Beside it, in
 the same process, runs the loop that one would write: diffusers' pipeline at batch 1 with a forward hook. `--schnell`
 takes FLUX.1-schnell's setting instead, `--pixels` another size. `--card 24` caps the memory at so many GB, takes the
-settings for such a card, and weights from host memory. `--tiny` runs all of it on a CPU in less than a minute, on 64×64
+settings for such a card, and weights from host memory. `--gpus 1 2` captures as many images a GPU by one process and by
+two, a GPU each. `--tiny` runs all of it on a CPU in less than a minute, on 64×64
 pixels and blocks of width 16, where the times mean little.
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -25,15 +28,19 @@ from torch import nn
 
 import fluxsae.capture
 from benchmarks.full_size.model import FULL, TINY, Size, random_pipeline, write_frame
+from benchmarks.full_size.processes import run_together
 from fluxsae.cli import main as fluxsae_main
 from fluxsae.prompts import read_prompts
 from fluxsae.shards.read import ShardSet
-from fluxsae.storage import write_json
+from fluxsae.storage import read_json, write_json
 
 CONFIG = Path("configs/flux-dev/capture.yaml")
 MEMORY = Path("configs/flux-dev/memory")
 SCHNELL = {"n_steps": 4, "steps": [2], "text_length": 256}
 """What FLUX.1-schnell's setting changes, beside its transformer, which has no guidance embedding."""
+
+IS_FIRST = os.environ.get("RANK", "0") == "0"
+"""Whether this is the first of several processes that capture together, or alone."""
 
 ONLY = ["tokens", "images", "several"]
 """Short names of `cases`."""
@@ -98,9 +105,10 @@ class Bench:
         size: of the FLUX.
         device: where it runs.
         folder: for all that is written.
-        card: gigabytes of the card to imitate, with that card's configuration; None for all there is.
+        on_host: keep the weights in host memory, whence each capture takes them.
         pixels: on a side of an image.
         schnell: take FLUX.1-schnell's setting.
+        n_processes: how many capture together; this is one of them.
     """
 
     def __init__(
@@ -108,27 +116,35 @@ class Bench:
         size: Size,
         device: torch.device,
         folder: Path,
-        card: int | None = None,
+        on_host: bool = False,
         pixels: int = 256,
         schnell: bool = False,
+        n_processes: int = 1,
     ) -> None:
-        if schnell:
-            size = size._replace(transformer={**size.transformer, "guidance_embeds": False})
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device = device
+        self.n_processes = n_processes
         self.folder = folder
-        self.configs = [CONFIG, *([] if card is None else [MEMORY / f"{card}GB.yaml"])]
+        self.configs = [CONFIG]
         self.values = yaml.safe_load(CONFIG.read_text())
         self.setting: dict[str, Any] = {"height": pixels, "width": pixels, **(SCHNELL if schnell else {})}
         self.how: dict[str, Any] = self.values["model"]["init_args"] | self.setting
-        self.frame = write_frame(folder / "model", size)
+        self.frame = folder / "model"
+        if not self.frame.exists():
+            write_frame(self.frame, size)
         self.pipe = random_pipeline(size, dtype, device)
-        self.card = card
-        if card is not None and device.type == "cuda":
+        self.on_host = on_host
+        if on_host:
             self.pipe.to("cpu")
+
+    def imitate(self, card: int) -> None:
+        """Take the settings for a card of so many gigabytes, and no more memory than that."""
+        self.configs = [CONFIG, MEMORY / f"{card}GB.yaml"]
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
-            share = card * 1e9 / torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+            number = torch.cuda.current_device()
+            share = card * 1e9 / torch.cuda.get_device_properties(number).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, share), number)
 
     def plain(self, n_images: int) -> Result:
         prompts = [prompt.text for prompt in read_prompts(Path(self.values["data"]["init_args"]["prompts"]))]
@@ -149,7 +165,8 @@ class Bench:
                 for path in reversed(self.configs)
                 if "batch_size" in (found := yaml.safe_load(path.read_text())["data"].get("init_args", {}))
             )
-        self._predict(case, -(-batch_size // repetitions), batch_size, self.folder / f"warm-up {case.name}")
+        n_warm_up = -(-batch_size // repetitions) * self.n_processes
+        self._predict(case, n_warm_up, batch_size, self.folder / f"warm-up {case.name}")
         result = self._timed(
             case.name, n_images, lambda: self._predict(case, n_prompts, batch_size, self.folder / case.name)
         )
@@ -162,9 +179,11 @@ class Bench:
         options = {"model": self.frame, "folder": folder, **self.setting, **case.options}
         arguments = [word for config in self.configs for word in ("-c", str(config))]
         arguments += [f"--model.init_args.{key}={value}" for key, value in options.items()]
-        arguments += [f"--data.init_args.limit={n_prompts}", f"--data.init_args.batch_size={batch_size}"]
+        each = n_prompts * self.values["data"]["init_args"]["repetitions"] // self.n_processes  # a process
+        sizes = {"limit": n_prompts, "batch_size": batch_size, "images_per_shard": min(64, each)}
+        arguments += [f"--data.init_args.{key}={value}" for key, value in sizes.items()]
         arguments += [f"--trainer.accelerator={'gpu' if self.device.type == 'cuda' else 'cpu'}"]
-        arguments += ["--trainer.enable_progress_bar=false"]
+        arguments += ["--trainer.enable_progress_bar=false", f"--trainer.devices={self.n_processes}"]
         parts = FluxPipeline(**self._components())
         parts.set_progress_bar_config(disable=True)
         with mock.patch.object(fluxsae.capture, "load_pipeline", lambda *_, **__: parts):
@@ -173,10 +192,10 @@ class Bench:
             raise RuntimeError(f"fluxsae predict ended with code {code}, expected 0; its message is above.")
 
     def _components(self) -> dict[str, Any]:
-        """The pipeline's; for a card, as they come from the disk: what a capture moves to the device, or lets go of, is
-        nobody else's."""
+        """The pipeline's; from host memory as if they came from the disk: what a capture moves to the device, or lets
+        go of, is nobody else's."""
         found = self.pipe.components
-        if self.card is None:
+        if not self.on_host:
             return found
         return {name: _shell(part) if isinstance(part, nn.Module) else part for name, part in found.items()}
 
@@ -204,7 +223,7 @@ def compare(bench: Bench, n_plain: int, work: Sequence[tuple[Case, int]], batch_
 
     A table's line is printed for each.
     """
-    print(f"{'':<20}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}", flush=True)
+    say(f"{'':<26}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}")
     found = [told(bench.plain(n_plain)._replace(ratio=1.0))] if n_plain else []
     for case, n_prompts in work:
         result = bench.capture(case, n_prompts, batch_size)
@@ -213,7 +232,7 @@ def compare(bench: Bench, n_plain: int, work: Sequence[tuple[Case, int]], batch_
     rates = {result.name: result.images_per_second for result in found}
     if {"tokens", "3 sites × 3 steps"} <= rates.keys():
         more = rates["tokens"] / rates["3 sites × 3 steps"] - 1
-        print(f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one.")
+        say(f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one.")
     return found
 
 
@@ -221,39 +240,99 @@ def told(result: Result) -> Result:
     """The result itself, after its line of the table."""
     ratio = "–" if result.ratio is None else f"{result.ratio:.2f}"
     numbers = f"{result.n_images:>8}{result.images_per_second:>10.3f}{ratio:>9}{result.gigabytes:>8.1f}"
-    print(f"{result.name:<20}{numbers}", flush=True)
+    say(f"{result.name:<26}{numbers}")
     return result
 
 
+def say(line: str) -> None:
+    """Print a line, of several processes by the first."""
+    if IS_FIRST:
+        print(line, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse(words)
+    size = TINY if options.tiny else FULL
+    if options.schnell:
+        size = size._replace(transformer={**size.transformer, "guidance_embeds": False})
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        results = on_gpus(size, folder, words, options) if options.gpus else captures(size, folder, options)
+    if options.json is not None and IS_FIRST:
+        where = "CPU" if options.tiny else torch.cuda.get_device_name()
+        write_json(
+            options.json, {"device": where, "torch": torch.__version__, "results": [r._asdict() for r in results]}
+        )
+
+
+def captures(size: Size, folder: Path, options: argparse.Namespace) -> list[Result]:
+    """What the options ask for, in this process, which may be one of several that capture together."""
+    device = torch.device("cpu" if options.tiny else f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    if not options.tiny:
+        torch.cuda.set_device(device)
+    n = options.process_of
+    pixels = options.pixels or (64 if options.tiny else 256)
+    bench = Bench(size, device, folder, options.card is not None, pixels, options.schnell, n)
+    chosen = [case for name, case in zip(ONLY, cases(bench.how), strict=True) if name in options.only]
+    if options.card is None:
+        work = [(case, options.prompts * n) for case in chosen]
+        return compare(bench, options.plain, work, options.batch_size or 8)
+    results = []
+    for card in options.card:
+        bench.imitate(card)
+        work = [(case._replace(name=f"{case.name}, {card} GB"), options.prompts) for case in chosen]
+        results += compare(bench, 0, work, options.batch_size)
+    return results
+
+
+def on_gpus(size: Size, folder: Path, words: Sequence[str], options: argparse.Namespace) -> list[Result]:
+    """The captures by each number of processes; ratios are to the first of these numbers."""
+    found: list[Result] = []
+    first: dict[str, float] = {}
+    for n in options.gpus:
+        own = folder / f"{n} GPUs"
+        write_frame(own / "model", size)
+        more = [
+            "--gpus",
+            "--plain",
+            "0",
+            "--process-of",
+            str(n),
+            "--folder",
+            str(own),
+            "--json",
+            str(own / "found.json"),
+        ]
+        run_together([sys.executable, "-m", "benchmarks.full_size.capture", *words, *more], n)
+        for values in read_json(own / "found.json")["results"]:
+            one = Result(**values)
+            ratio = one.images_per_second / first.setdefault(one.name, one.images_per_second)
+            found.append(one._replace(name=f"{one.name}, {n} GPU{'s' if n > 1 else ''}", ratio=ratio))
+    say(f"{'':<26}{'images':>8}{'images/s':>10}{'× first':>9}{'GB':>8}")
+    return [told(one) for one in found]
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="width 16, on a CPU")
     parser.add_argument(
-        "--card", type=int, help="imitate a card of so many GB, by its file in configs/; without plain loop"
+        "--card",
+        type=int,
+        nargs="+",
+        help="imitate cards of so many GB, by their files in configs/; without plain loop",
     )
     parser.add_argument("--schnell", action="store_true", help="4 steps, 256 text tokens, no guidance embedding")
     parser.add_argument("--pixels", type=int, help="on a side of an image; by default 256, with --tiny 64")
     parser.add_argument("--batch-size", type=int, help="by default 8, or what the card's settings say")
-    parser.add_argument("--only", choices=ONLY, help="one capture alone")
+    parser.add_argument("--only", choices=ONLY, nargs="+", default=ONLY, help="these captures alone")
     parser.add_argument("--plain", type=int, default=12, help="images of the plain loop")
     parser.add_argument("--prompts", type=int, default=48, help="prompts of each capture, four images each")
+    parser.add_argument("--gpus", type=int, nargs="*", help="capture on so many GPUs, in turn; without plain loop")
     parser.add_argument("--json", type=Path, help="where the results go as well")
-    options = parser.parse_args(arguments)
-    device = torch.device("cpu" if options.tiny else "cuda")
-    with tempfile.TemporaryDirectory() as folder:
-        pixels = options.pixels or (64 if options.tiny else 256)
-        size = TINY if options.tiny else FULL
-        bench = Bench(size, device, Path(folder), options.card, pixels, options.schnell)
-        n_plain = 0 if options.card else options.plain
-        work = [(case, options.prompts) for case in cases(bench.how)]
-        work = work if options.only is None else [work[ONLY.index(options.only)]]
-        batch_size = options.batch_size or (None if options.card else 8)
-        results = compare(bench, n_plain, work, batch_size)
-    if options.json is not None:
-        where = "CPU" if options.tiny else torch.cuda.get_device_name(device)
-        write_json(
-            options.json, {"device": where, "torch": torch.__version__, "results": [r._asdict() for r in results]}
-        )
+    parser.add_argument("--process-of", type=int, default=1, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

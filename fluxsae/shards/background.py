@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from torch import Tensor
 MOST_WAITING = 2
 """Jobs that are not done, beyond which whoever hands over another one waits: a bound on the memory they hold."""
 
-AT_ONCE = 2
+AT_ONCE = max(2, min(4, (os.cpu_count() or 1) // 4))
 """Threads of `side_by_side`."""
 
 Item = TypeVar("Item")

@@ -1,7 +1,9 @@
 """What fp8 costs an SAE: `python -m benchmarks.fp8 runs/tiny/capture/transformer_blocks.1.ff/step-03`.
 
 Encodes a set of tokens again in fp8, fits the same SAE from both with the same seeds, and measures both on the held-out
-tokens of the first set, as they were. Ends with status 1 when the FVE differs by more than --within.
+tokens of the first set, as they were. With --encoder the tokens are the same, and one of the two SAEs is trained by
+steps that multiply by W_enc as fp8 numbers (`fp8_encoder`), for which it takes a GPU. Ends with status 1 when the FVE
+differs by more than --within.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from fluxsae.activations import ActivationData
-from fluxsae.sae import SAE, TopK, load_sae
+from fluxsae.sae import L1, SAE, TopK, load_sae
 from fluxsae.sae.evaluation import Evaluation
 from fluxsae.shards import ShardSet, ShardWriter
 from fluxsae.storage import whole_file
@@ -28,7 +30,7 @@ from fluxsae.training import SAETraining
 
 @dataclass(frozen=True)
 class Pair:
-    """FVE on the held-out tokens of the first set, of the SAE from it and of that from fp8."""
+    """FVE on the held-out tokens of the first set, of the SAE from it and of that from, or with, fp8."""
 
     seed: int
     fve: float
@@ -44,14 +46,14 @@ def main() -> None:
     shards = ShardSet.open(options.shards, "tokens")
     pairs: list[Pair] = []
     with tempfile.TemporaryDirectory() as temporary:
-        coarse = encode_again(shards, Path(temporary) / "fp8")
+        folder = Path(temporary)
+        coarse = shards if options.encoder else encode_again(shards, folder / "fp8")
         for seed in options.seeds:
-            fve = [
-                fit(each, shards, seed, Path(temporary) / f"{seed}-{i}", options)
-                for i, each in enumerate((shards, coarse))
-            ]
-            pairs.append(Pair(seed, *fve))
-            print(f"seed {seed}: FVE {fve[0]:.4f} from {shards.metadata.storage}, {fve[1]:.4f} from fp8", flush=True)
+            plain = fit(shards, shards, seed, folder / f"{seed}-plain", options, fp8_encoder=False)
+            other = fit(coarse, shards, seed, folder / f"{seed}-fp8", options, fp8_encoder=options.encoder)
+            pairs.append(Pair(seed, plain, other))
+            how = "with an fp8 encoder" if options.encoder else f"from fp8 instead of {shards.metadata.storage}"
+            print(f"seed {seed}: FVE {plain:.4f}, {other:.4f} {how}", flush=True)
     lost = fmean(pair.lost for pair in pairs)
     print(f"lost with fp8: {lost:+.4f} on average, at most {max(pair.lost for pair in pairs):+.4f}")
     if options.json:
@@ -71,13 +73,17 @@ def encode_again(shards: ShardSet, folder: Path) -> ShardSet:
     return ShardSet.open(folder)
 
 
-def fit(shards: ShardSet, judge: ShardSet, seed: int, folder: Path, options: argparse.Namespace) -> float:
-    """Fit a TopK SAE from `shards`; its FVE on the held-out tokens of `judge`."""
+def fit(
+    shards: ShardSet, judge: ShardSet, seed: int, folder: Path, options: argparse.Namespace, fp8_encoder: bool
+) -> float:
+    """Fit an SAE from `shards`; its FVE on the held-out tokens of `judge`."""
     torch.manual_seed(seed)
-    sae = TopK(shards.statistics.mean.numel(), options.features, options.k)
+    sizes = shards.statistics.mean.numel(), options.features
+    sae = TopK(*sizes, options.k) if options.l1 is None else L1(*sizes, options.l1)
     trainer = Trainer(
         accelerator=options.device,
         devices=1,
+        precision="32-true" if options.device == "cpu" else "bf16-mixed",
         max_epochs=options.epochs,
         limit_val_batches=0,
         logger=False,
@@ -85,7 +91,7 @@ def fit(shards: ShardSet, judge: ShardSet, seed: int, folder: Path, options: arg
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = SAETraining(sae, folder, lr=options.lr, dead_after=options.dead_after)
+    module = SAETraining(sae, folder, lr=options.lr, dead_after=options.dead_after, fp8_encoder=fp8_encoder)
     trainer.fit(module, datamodule=ActivationData(shards.folder, options.batch_size, seed=seed))
     return held_out_fve(load_sae(folder), judge, options.batch_size)
 
@@ -111,6 +117,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--features", type=int, default=1024)
     parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--l1", type=float, help="fit L1 SAEs instead, with this weight of their codes")
+    parser.add_argument("--encoder", action="store_true", help="compare encoders instead of tokens")
     parser.add_argument("--lr", type=float, default=0.002)
     parser.add_argument("--dead-after", type=int, default=60_000)
     parser.add_argument("--batch-size", type=int, default=1024)

@@ -56,11 +56,13 @@ class Case:
     batch: int = 8192
     dead: float = 0.0
     fused: bool = True
+    fp8: bool = False
 
     @property
     def name(self) -> str:
         kind = f"TopK k={self.k}" if self.k else "L1"
-        return kind + (f", {self.dead:.0%} dead" if self.dead else "") + ("" if self.fused else ", autograd")
+        how = (", fp8 encoder" if self.fp8 else "") + ("" if self.fused else ", autograd")
+        return kind + (f", {self.dead:.0%} dead" if self.dead else "") + how
 
     def sae(self) -> SAE:
         with torch.device("cuda"):  # where drawing weights takes no time
@@ -69,13 +71,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds a step, of each of its kernels, the most memory beside the batches, in GB, and codes above 0."""
+    """Milliseconds a step, of each of its kernels, the most memory beside the batches, in GB, and of the last batch the
+    codes above 0 and the variance explained."""
 
     case: Case
     milliseconds: float
     spread: float
     gigabytes: float
     l0: float
+    fve: float
     kernels: dict[str, float]
 
     @property
@@ -170,7 +174,14 @@ def training(case: Case, folder: Path) -> SAETraining:
     """As a user's, but for which features are dead: exactly so many, from the first step to the last."""
     never = 10**12
     module = SAETraining(
-        case.sae(), folder, lr=1e-4, warmup_steps=10, sparsity_warmup_steps=10, dead_after=never, fused=case.fused
+        case.sae(),
+        folder,
+        lr=1e-4,
+        warmup_steps=10,
+        sparsity_warmup_steps=10,
+        dead_after=never,
+        fused=case.fused,
+        fp8_encoder=case.fp8,
     )
     n_dead = round(case.dead * case.n_features)
     with torch.no_grad():
@@ -201,19 +212,19 @@ def measure(case: Case, runs: int, warmup: int) -> Timing:
         trainer.fit(training(case, Path(folder)), Resident(tokens, clock.n_steps))
     gigabytes = (torch.cuda.max_memory_allocated() - before) / 1e9
     times = clock.milliseconds
-    l0 = float(trainer.callback_metrics["train/l0"])
-    return Timing(case, median(times), max(times) - min(times), gigabytes, l0, clock.kernels)
+    l0, fve = (float(trainer.callback_metrics[f"train/{name}"]) for name in ("l0", "fve"))
+    return Timing(case, median(times), max(times) - min(times), gigabytes, l0, fve, clock.kernels)
 
 
 def head() -> str:
     """The first lines of a Markdown table of steps and their parts."""
-    columns = ["SAE", "ms a step", "M tokens/s", "GB", "L0", *PARTS, "other"]
+    columns = ["SAE", "ms a step", "M tokens/s", "GB", "L0", "FVE", *PARTS, "other"]
     return _line(columns) + "\n" + _line(["---"] * len(columns))
 
 
 def row(one: Timing) -> str:
     time = f"{one.milliseconds:.2f} ± {one.spread / 2:.2f}"
-    numbers = [time, f"{one.tokens:.2f}", f"{one.gigabytes:.2f}", f"{one.l0:.0f}"]
+    numbers = [time, f"{one.tokens:.2f}", f"{one.gigabytes:.2f}", f"{one.l0:.0f}", f"{one.fve:.4f}"]
     return _line([one.case.name, *numbers, *(f"{one.parts.get(part, 0):.2f}" for part in (*PARTS, "other"))])
 
 
@@ -283,8 +294,10 @@ def main() -> None:
     sizes = {"d_in": options.d_in, "n_features": options.n_features, "batch": options.batch}
     cases = [Case(k, **sizes) for k in options.k]
     cases += [Case(k, **sizes, dead=dead) for dead in options.dead for k in options.k[:1]]
+    if options.fp8:
+        cases = [replace(case, fp8=fp8) for case in cases for fp8 in (False, True)]
     if options.plain:
-        cases += [replace(case, fused=False) for case in cases if not case.dead]
+        cases += [replace(case, fused=False) for case in cases if not (case.dead or case.fp8)]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {sizes}\n\n{head()}", flush=True)
     timings = []
     for case in cases:
@@ -309,6 +322,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=500, help="steps before the clock runs")
     parser.add_argument("--runs", type=int, default=10, help="runs of 50 steps to time")
     parser.add_argument("--plain", action="store_true", help="time autograd's step too")
+    parser.add_argument("--fp8", action="store_true", help="time steps whose encoder multiplies fp8 numbers, too")
     parser.add_argument("--grow", action="store_true", help="time TopK k=32 as each size grows, too")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--figure", type=Path, help="draw how the cost grows to this PNG")

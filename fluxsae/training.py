@@ -74,6 +74,9 @@ class SAETraining(TrainedOnTokens):
         fused: whether steps are made by hand-made GPU kernels, by the same formulas: L1 and TopK in bf16-mixed
             precision on one NVIDIA GPU. By default they are where they can be, and agree with autograd's on the first
             batch; true refuses a run where they cannot or do not.
+        fp8_encoder: multiply by W_enc as fp8 numbers (e4m3) in hand-made steps, on a GPU that has them, such as an
+            H100; refused elsewhere. Weights, gradients and all other products stay as they are, and so does what the
+            trained SAE does.
     """
 
     since_fired: Tensor
@@ -97,6 +100,7 @@ class SAETraining(TrainedOnTokens):
         clip_tokens: float = 10.0,
         check_every: int = 50,
         fused: bool | None = None,
+        fp8_encoder: bool = False,
     ) -> None:
         super().__init__()
         self.sae = sae
@@ -114,6 +118,7 @@ class SAETraining(TrainedOnTokens):
         self.clip_tokens = clip_tokens
         self.check_every = check_every
         self.fused = fused
+        self.fp8_encoder = fp8_encoder
         self.register_buffer("since_fired", torch.zeros(sae.n_features, dtype=torch.int64))
         self.register_buffer("tokens_seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("first_bad_step", torch.tensor(-1), persistent=False)
@@ -312,15 +317,18 @@ class SAETraining(TrainedOnTokens):
     def _fused_step(self) -> FusedStep | None:
         """None where steps are autograd's. ValueError where a fused step is asked for and cannot be."""
         if self.fused is False:
+            if self.fp8_encoder:
+                raise ValueError("fp8_encoder is true, but fused is false; leave one of them out.")
             return None
         obstacle = why_not_fused(self.sae, self.trainer)
         if self._name and self._processes.n > 1:  # DistributedDataParallel either adds up all gradients or none
             obstacle = "it is one of a sweep's, in several processes"
         if obstacle is not None:
-            if self.fused:
-                raise ValueError(f"fused is true, but {obstacle}; leave fused out, or change that.")
+            asked = [name for name in ("fused", "fp8_encoder") if getattr(self, name)]
+            if asked:
+                raise ValueError(f"{asked[0]} is true, but {obstacle}; leave {asked[0]} out, or change that.")
             return None
-        settings = Settings(self.betas, 1e-8, self.clip_tokens, self.aux_k, self.aux_coef)
+        settings = Settings(self.betas, 1e-8, self.clip_tokens, self.aux_k, self.aux_coef, fp8_encoder=self.fp8_encoder)
         return FusedStep(self.sae, settings, self._processes)
 
     def on_validation_epoch_start(self) -> None:

@@ -23,6 +23,7 @@ from torch.optim import Adam
 
 from fluxsae.processes import OneAllReduce, Processes
 from fluxsae.sae.coder import L1, SAE, TopK
+from fluxsae.sae.fp8 import Scaled, product, why_no_fp8
 from fluxsae.sae.graphs import Graphs
 
 if find_spec("triton") is not None:
@@ -39,6 +40,9 @@ ALONE = Processes(0, 1, None)
 
 CHECKED = 1024
 """Tokens on which a fused step is compared with autograd's before it trains."""
+
+_FITTED_EVERY = 64
+"""Steps between looks at how large numbers are that are multiplied as fp8."""
 
 
 class Outcome(NamedTuple):
@@ -65,6 +69,7 @@ class Settings:
     aux_coef: float = 0.0
     dtype: torch.dtype = torch.bfloat16
     graphs: bool = True
+    fp8_encoder: bool = False
 
 
 class StepAdam(Adam):
@@ -104,7 +109,8 @@ class FusedStep:
 
     Between steps the decoder's rows may be off unit length by what one step of Adam changes; `settle` makes them exact,
     and must be called before anyone else reads or writes the weights. With several `processes` all make the same steps,
-    by the average of what their own tokens say.
+    by the average of what their own tokens say. With `fp8_encoder` pre-activations are products of fp8 numbers, and
+    gradients pass straight through the rounding to these.
     """
 
     def __init__(self, sae: SAE, settings: Settings, processes: Processes = ALONE) -> None:
@@ -115,7 +121,11 @@ class FusedStep:
         self.processes = processes
         self.sparse = isinstance(sae, TopK) and sae.k <= SPARSE_UP_TO
         device = sae.W_enc.device
-        self.enc_low = sae.W_enc.detach().to(settings.dtype)
+        obstacle = why_no_fp8(device, sae.d_in, sae.n_features) if settings.fp8_encoder else None
+        if obstacle is not None:
+            raise ValueError(f"fp8_encoder is true, but {obstacle}; leave it out.")
+        self.enc_fp8 = Scaled.empty(sae.n_features, sae.d_in, device) if settings.fp8_encoder else None
+        self.enc_low = sae.W_enc.detach().to(settings.dtype) if self.enc_fp8 is None else self.enc_fp8.values
         self.dec_low = sae.W_dec.detach().to(settings.dtype)
         self.row_scale = torch.ones(sae.n_features, device=device)
         together = processes.n > 1
@@ -126,6 +136,8 @@ class FusedStep:
         self.updates = torch.tensor([0, -1], device=device)
         self._aux = AuxiliaryPass(sae, settings.aux_k, settings.aux_coef)
         self._buffers: dict[str, Tensor] = {}
+        self._x_fp8: Scaled | None = None
+        self._until_fitted = 0
         self._gradients: dict[str, Tensor] = {}
         self._graphs = Graphs(settings.graphs and device.type == "cuda" and not together)
         self._found: Any = None
@@ -137,7 +149,12 @@ class FusedStep:
         self._make_room(len(tokens))
         self.x = self._buffers["x"][: len(tokens)]
         copy = None if self.sparse else self._buffers["error"][: len(tokens)]
-        columns.centre(tokens, sae.mean, sae.scale, sae.b_dec, self.x, copy)
+        if self.enc_fp8 is not None:
+            if self._until_fitted == 0:
+                self._fit_fp8(tokens)
+            self._until_fitted -= 1
+        x_fp8 = None if self._x_fp8 is None else self._x_fp8.part(len(tokens))
+        columns.centre(tokens, sae.mean, sae.scale, sae.b_dec, self.x, copy, x_fp8)
         self.penalty.fill_(penalty / 2)
         self._key = (len(tokens), self._aux.set_features(dead))
         body = self._forward_sparse if self.sparse else self._forward_dense
@@ -171,13 +188,32 @@ class FusedStep:
         """Bring the decoder's rows to unit length, and round the copies anew."""
         self.sae.W_dec.mul_(self.row_scale[:, None])
         self.row_scale.fill_(1.0)
-        self.enc_low.copy_(self.sae.W_enc)
         self.dec_low.copy_(self.sae.W_dec)
+        self._until_fitted = 0
+        if self.enc_fp8 is None:
+            self.enc_low.copy_(self.sae.W_enc)
+
+    def _fit_fp8(self, tokens: Float[Tensor, "N D"]) -> None:
+        """Look how large weights and tokens are, and round the weights anew."""
+        assert self.enc_fp8 is not None and self._x_fp8 is not None
+        columns.centre(tokens, self.sae.mean, self.sae.scale, self.sae.b_dec, self.x)
+        self._x_fp8.fit(self.x)
+        self.enc_fp8.fit(self.sae.W_enc)
+        self.enc_fp8.encode(self.sae.W_enc)
+        self._until_fitted = _FITTED_EVERY
+
+    def _pre_acts(self, out: Float[Tensor, "N F"], bias: Float[Tensor, "F"] | None = None) -> Float[Tensor, "N F"]:
+        """Write W_enc x, and the bias where it is given."""
+        if self.enc_fp8 is not None and self._x_fp8 is not None:
+            return product(self._x_fp8.part(len(self.x)), self.enc_fp8, out, bias)
+        if bias is None:
+            return torch.mm(self.x, self.enc_low.T, out=out)
+        return torch.addmm(bias, self.x, self.enc_low.T, out=out)
 
     def _forward_sparse(self) -> _Found:
         sae, n = self.sae, len(self.x)
         assert isinstance(sae, TopK)
-        pre = torch.mm(self.x, self.enc_low.T, out=self._buffers["pre"][:n])
+        pre = self._pre_acts(self._buffers["pre"][:n])
         values, indices = torch.empty(n, sae.k, device=pre.device), pre.new_empty(n, sae.k, dtype=torch.int32)
         selection.select(pre, sae.b_enc, values, indices)
         error = self._buffers["error"][:n]
@@ -198,11 +234,13 @@ class FusedStep:
         slopes = self._buffers["pre"][:n]
         bias = sae.b_enc.to(codes.dtype)
         if isinstance(sae, TopK):
-            torch.addmm(bias, self.x, self.enc_low.T, out=slopes)
-            selection.keep_largest(slopes, codes, sae.k)
+            selection.keep_largest(self._pre_acts(slopes, bias), codes, sae.k)
             aux_codes = self._aux.codes(slopes)  # before slopes take the pre-activations' place
         else:
-            torch._addmm_activation(bias, self.x, self.enc_low.T, use_gelu=False, out=codes)  # ReLU in the epilogue
+            if self.enc_fp8 is not None:
+                self._pre_acts(codes, bias).relu_()
+            else:
+                torch._addmm_activation(bias, self.x, self.enc_low.T, use_gelu=False, out=codes)  # ReLU in the epilogue
             aux_codes = self._aux.codes(codes)  # a code's ReLU is the code
         error = self._buffers["error"][:n]  # which holds x until now
         error.addmm_(codes, self.dec_low, beta=-1)
@@ -239,12 +277,14 @@ class FusedStep:
         factor = 2 / (len(self.x) * sae.d_in) if self.processes.n == 1 else 2 / (self.processes.n * sae.d_in)
         betas, eps = self.settings.betas, self.settings.eps
         b_dec = columns.column_sums(found.error)
-        b_dec -= columns.column_sums(self.enc_low, found.bias)
+        through = columns.column_sums(self.enc_low, found.bias)
+        b_dec -= through if self.enc_fp8 is None else through * self.enc_fp8.inverse
         if self.processes.n > 1:
             found, b_dec = self._of_all(found, b_dec)
         hyper = scalars.adam_factors(found.outcome.loss, self.lr, states.steps, self.updates, betas, factor, eps)
         unit = UnitRows(self.row_scale, found.along, self.squares)
-        enc = AdamState(sae.W_enc, *states.W_enc, self.enc_low)
+        enc_scale = None if self.enc_fp8 is None else self.enc_fp8.scale
+        enc = AdamState(sae.W_enc, *states.W_enc, self.enc_low, enc_scale)
         dec = AdamState(sae.W_dec, *states.W_dec, self.dec_low)
         if self.processes.n > 1:
             for state, (gradient, sent), rows, aux in zip(
@@ -314,6 +354,9 @@ class FusedStep:
             name: torch.empty(n_tokens, width, device=self.enc_low.device, dtype=self.settings.dtype)
             for name, width in widths.items()
         }
+        if self.enc_fp8 is not None:
+            self._x_fp8 = Scaled.empty(n_tokens, self.sae.d_in, self.enc_low.device)
+            self._until_fitted = 0
 
 
 def disagreement(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -263,6 +264,45 @@ def test_a_step_is_autograds(sae: SAE, n_tokens: int) -> None:
     again = fused.forward(tokens, dead, penalty)
     assert torch.equal(again.fired.float(), (codes > 0).sum(dim=0).float())
     assert float(again.l0) == pytest.approx(float((codes > 0).sum(dim=1).float().mean()))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there, fp8 products with a bias are bf16")
+@pytest.mark.parametrize(
+    ("sae", "n_tokens"),
+    [(TopK(32, 16, 3), 34), (L1(32, 32, 0.5), 24), (TopK(16, 32, 10), 18)],
+    ids=["sparse", "L1", "dense TopK"],
+)
+def test_an_fp8_encoder_rounds_tokens_and_weights_and_nothing_else(sae: SAE, n_tokens: int) -> None:
+    plain, fused, optimizer = both(sae, Settings(clip_tokens=1.5, dtype=torch.float32, fp8_encoder=True))
+    generator, dead = torch.Generator().manual_seed(0), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    for step in range(3):
+        tokens = 1 + 2 * torch.randn(n_tokens - step, sae.d_in, generator=generator).to(DEVICE)
+        outcome = fused.forward(tokens, dead, 0.1 * isinstance(sae, L1))
+        weights, x = fused.enc_fp8, fused._x_fp8
+        assert weights is not None and x is not None
+        assert torch.allclose(weights.decoded(), sae.W_enc, rtol=1 / 16, atol=1e-3)
+        assert torch.allclose(x.part(len(tokens)).decoded(), fused.x, rtol=1 / 16, atol=1e-3)
+        rounded = (x.part(len(tokens)).decoded().clone(), weights.decoded().clone())
+        plain.sae.project = partial(project_rounded, plain.sae, rounded)  # type: ignore[method-assign]
+        expected = plain.step(tokens, dead, 0.1 * isinstance(sae, L1), 0.01)
+        fused.update(optimizer, 0.01)
+        assert float(outcome.loss) == pytest.approx(float(expected), rel=1e-5)
+    fused.settle()
+    for (name, ours), theirs in zip(sae.named_parameters(), plain.sae.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-4), name
+
+
+def project_rounded(sae: SAE, rounded: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+    """Products of rounded numbers; the gradient of the weights is of whole tokens, that of b_dec of rounded weights."""
+    x_fp8, weights = rounded
+    centred = x - sae.b_dec
+    passed = centred.detach() @ sae.W_enc.T + centred @ weights.T
+    return (x_fp8 @ weights.T - passed).detach() + passed + sae.b_enc
+
+
+def test_sizes_that_fp8_cannot_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="fp8_encoder is true, but fp8 wants sizes that 16 divides, not 20"):
+        FusedStep(TopK(20, 16, 2), Settings(fp8_encoder=True))
 
 
 @pytest.mark.parametrize("sae", [TopK(16, 8, 3), L1(16, 8, 0.5)])

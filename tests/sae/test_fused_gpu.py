@@ -34,10 +34,10 @@ def skewed_tokens(n_tokens: int, generator: torch.Generator) -> Tensor:
     return (3 * codes @ directions + 0.05 * noise).bfloat16()
 
 
-def train(sae: SAE, graphs: bool, n_steps: int = 12) -> tuple[SAE, list[float]]:
+def train(sae: SAE, graphs: bool, fp8: bool, n_steps: int = 12) -> tuple[SAE, list[float]]:
     """A few steps, with partial batches and changing numbers of dead features, some of them more than AuxK uses."""
     sae = copy.deepcopy(sae).to("cuda")
-    fused = FusedStep(sae, Settings(aux_k=256, aux_coef=1 / 32, graphs=graphs))
+    fused = FusedStep(sae, Settings(aux_k=256, aux_coef=1 / 32, graphs=graphs, fp8_encoder=fp8))
     optimizer = torch.optim.Adam(sae.parameters(), fused=True)
     generator = torch.Generator("cuda").manual_seed(0)
     losses, dead = [], torch.zeros(0, dtype=torch.int64, device="cuda")
@@ -76,22 +76,24 @@ def by_autograd(sae: SAE, n_steps: int = 12) -> tuple[SAE, list[float]]:
     return sae, losses
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_autograds_to_rounding(kind: str) -> None:
+def test_steps_are_autograds_to_rounding(kind: str, fp8: bool) -> None:
     make, option = KINDS[kind]
     sae = make(D_IN, N_FEATURES, option, seed=0)
-    ours, losses = train(sae, graphs=False)
+    ours, losses = train(sae, graphs=False, fp8=fp8)
     theirs, expected = by_autograd(sae)
     assert losses == pytest.approx(expected, rel=0.02)
     for (name, value), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
-        assert float((value - other).norm() / other.norm()) < 0.1, name
+        assert float((value - other).norm() / other.norm()) < (0.2 if fp8 else 0.1), name
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_graphs_repeat_what_they_recorded(kind: str) -> None:
+def test_graphs_repeat_what_they_recorded(kind: str, fp8: bool) -> None:
     """Steps by graphs and steps without end at the same weights, to the bit."""
     make, option = KINDS[kind]
     sae = make(D_IN, N_FEATURES, option, seed=0)
-    recorded, plain = train(sae, graphs=True), train(sae, graphs=False)
+    recorded, plain = train(sae, graphs=True, fp8=fp8), train(sae, graphs=False, fp8=fp8)
     assert recorded[1] == plain[1]
     assert all(torch.equal(a, b) for a, b in zip(recorded[0].parameters(), plain[0].parameters(), strict=True))

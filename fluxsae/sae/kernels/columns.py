@@ -13,6 +13,9 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fluxsae.sae.fp8 import Scaled
+from fluxsae.sae.kernels.rounding import to_fp8
+
 _ROWS = 128
 _COLUMNS = 128
 _WIDE = 1024
@@ -25,11 +28,14 @@ def centre(
     b_dec: Float[Tensor, "D"],
     x: Float[Tensor, "N D"],
     copy: Float[Tensor, "N D"] | None = None,
+    coarse: Scaled | None = None,
 ) -> None:
-    """Write x = (tokens - mean) · scale - b_dec, to `copy` too."""
+    """Write x = (tokens - mean) · scale - b_dec, to `copy` and `coarse` too."""
     block = 1024
     _centre[(triton.cdiv(tokens.numel(), block),)](
-        tokens, mean, scale, b_dec, x, copy, tokens.numel(), tokens.shape[1], BLOCK=block
+        *(tokens, mean, scale, b_dec, x, copy, *(coarse[:2] if coarse is not None else (None, None))),
+        *(tokens.numel(), tokens.shape[1]),
+        BLOCK=block,
     )
 
 
@@ -88,7 +94,7 @@ def mask_slopes(
 
 @no_type_check
 @triton.jit
-def _centre(tokens, mean, scale, b_dec, x, copy, n, d_in, BLOCK: tl.constexpr):
+def _centre(tokens, mean, scale, b_dec, x, copy, coarse, coarse_scale, n, d_in, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     d = (i % d_in).to(tl.int32)
@@ -98,6 +104,8 @@ def _centre(tokens, mean, scale, b_dec, x, copy, n, d_in, BLOCK: tl.constexpr):
     tl.store(x + i, value, mask=inside)
     if copy is not None:
         tl.store(copy + i, value, mask=inside)
+    if coarse is not None:
+        tl.store(coarse + i, to_fp8(value.to(tl.float32), tl.load(coarse_scale)), mask=inside)
 
 
 @no_type_check

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fluxsae.sae.kernels.feature_lists import PIECE, FeatureLists
+from fluxsae.sae.kernels.rounding import to_fp8
 
 TILE = 512
 """Channels a program works on: tokens and errors of 8,192 tokens × 512 channels in bf16 are 8 MB each."""
@@ -27,12 +28,13 @@ _PROGRAMS = 4096
 
 
 class AdamState(NamedTuple):
-    """One weight, Adam's moments of it, and the copy that matrix products read."""
+    """One weight, Adam's moments of it, and the copy that matrix products read, of weight · low_scale."""
 
     weight: Float[Tensor, "F D"]
     exp_avg: Float[Tensor, "F D"]
     exp_avg_sq: Float[Tensor, "F D"]
     low: Float[Tensor, "F D"]
+    low_scale: Float[Tensor, ""] | None = None
 
 
 class Auxiliary(NamedTuple):
@@ -308,6 +310,7 @@ def _update(
     exp_avg,
     exp_avg_sq,
     low,
+    low_scale,
     tokens,
     weights,
     counts,
@@ -363,6 +366,9 @@ def _update(
         tl.store(weight + at, w, mask=inside)
         tl.store(exp_avg + at, m, mask=inside)
         tl.store(exp_avg_sq + at, v, mask=inside)
-        tl.store(low + at, w.to(low.dtype.element_ty), mask=inside)
+        if low_scale is not None:
+            tl.store(low + at, to_fp8(w, tl.load(low_scale)), mask=inside)
+        else:
+            tl.store(low + at, w.to(low.dtype.element_ty), mask=inside)
         if UNIT:
             tl.store(unit_squares + tile.to(tl.int64) * n_features + f, tl.sum(tl.where(inside, w * w, 0.0), 0))

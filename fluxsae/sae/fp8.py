@@ -62,9 +62,16 @@ def product(
     left: Scaled, right: Scaled, out: Float[Tensor, "N F"], bias: Float[Tensor, "F"] | None = None
 ) -> Float[Tensor, "N F"]:
     """Write left @ rightᵀ + bias; on a GPU, what is written with a bias is bf16."""
-    how = {"scale_a": left.inverse, "scale_b": right.inverse, "out_dtype": out.dtype, "use_fast_accum": True}
-    written: Tensor = torch._scaled_mm(left.values, right.values.T, bias=bias, out=out, **how)
-    return written
+    return torch._scaled_mm(
+        left.values,
+        right.values.T,
+        left.inverse,
+        right.inverse,
+        bias=bias,
+        out_dtype=out.dtype,
+        use_fast_accum=True,
+        out=out,
+    )
 
 
 def why_no_fp8(device: torch.device, *sizes: int) -> str | None:

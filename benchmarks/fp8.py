@@ -2,8 +2,8 @@
 
 Encodes a set of tokens again in fp8, fits the same SAE from both with the same seeds, and measures both on the held-out
 tokens of the first set, as they were. With --encoder the tokens are the same, and one of the two SAEs is trained by
-steps that multiply by W_enc as fp8 numbers (`fp8_encoder`), for which it takes a GPU. Ends with status 1 when the FVE
-differs by more than --within.
+steps that multiply by W_enc as fp8 numbers: on a GPU by `fp8_encoder`, on a CPU by rounding the same numbers alike on
+the way to the same product. Ends with status 1 when the FVE differs by more than --within.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from jaxtyping import Float
 from lightning.pytorch import Trainer
+from torch import Tensor
 
 from fluxsae.activations import ActivationData
 from fluxsae.sae import L1, SAE, TopK, load_sae
 from fluxsae.sae.evaluation import Evaluation
+from fluxsae.sae.fp8 import Scaled
 from fluxsae.shards import ShardSet, ShardWriter
 from fluxsae.storage import whole_file
 from fluxsae.training import SAETraining
@@ -49,8 +53,8 @@ def main() -> None:
         folder = Path(temporary)
         coarse = shards if options.encoder else encode_again(shards, folder / "fp8")
         for seed in options.seeds:
-            plain = fit(shards, shards, seed, folder / f"{seed}-plain", options, fp8_encoder=False)
-            other = fit(coarse, shards, seed, folder / f"{seed}-fp8", options, fp8_encoder=options.encoder)
+            plain = fit(shards, shards, seed, folder / f"{seed}-plain", options)
+            other = fit(coarse, shards, seed, folder / f"{seed}-fp8", options, options.encoder)
             pairs.append(Pair(seed, plain, other))
             how = "with an fp8 encoder" if options.encoder else f"from fp8 instead of {shards.metadata.storage}"
             print(f"seed {seed}: FVE {plain:.4f}, {other:.4f} {how}", flush=True)
@@ -74,16 +78,19 @@ def encode_again(shards: ShardSet, folder: Path) -> ShardSet:
 
 
 def fit(
-    shards: ShardSet, judge: ShardSet, seed: int, folder: Path, options: argparse.Namespace, fp8_encoder: bool
+    shards: ShardSet, judge: ShardSet, seed: int, folder: Path, options: argparse.Namespace, fp8_encoder: bool = False
 ) -> float:
     """Fit an SAE from `shards`; its FVE on the held-out tokens of `judge`."""
     torch.manual_seed(seed)
     sizes = shards.statistics.mean.numel(), options.features
     sae = TopK(*sizes, options.k) if options.l1 is None else L1(*sizes, options.l1)
+    on_cpu = options.device == "cpu"
+    if fp8_encoder and on_cpu:
+        sae.project = partial(project_rounded, sae)  # type: ignore[method-assign]
     trainer = Trainer(
         accelerator=options.device,
         devices=1,
-        precision="32-true" if options.device == "cpu" else "bf16-mixed",
+        precision="32-true" if on_cpu else "bf16-mixed",
         max_epochs=options.epochs,
         limit_val_batches=0,
         logger=False,
@@ -91,9 +98,27 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = SAETraining(sae, folder, lr=options.lr, dead_after=options.dead_after, fp8_encoder=fp8_encoder)
+    how = {"lr": options.lr, "dead_after": options.dead_after, "fp8_encoder": fp8_encoder and not on_cpu}
+    module = SAETraining(sae, folder, **how)
     trainer.fit(module, datamodule=ActivationData(shards.folder, options.batch_size, seed=seed))
     return held_out_fve(load_sae(folder), judge, options.batch_size)
+
+
+def project_rounded(sae: SAE, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+    """Pre-activations as a fused step with `fp8_encoder` has them, and its gradients."""
+    centred = x - sae.b_dec
+    x_fp8, weights = rounded(centred), rounded(sae.W_enc)
+    passed = centred.detach() @ sae.W_enc.T + centred @ weights.T
+    return (x_fp8 @ weights.T - passed).detach() + passed + sae.b_enc
+
+
+@torch.no_grad()
+def rounded(matrix: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
+    """The fp8 numbers that stand for those of a matrix."""
+    found = Scaled.empty(len(matrix), matrix.shape[1], matrix.device)
+    found.fit(matrix)
+    found.encode(matrix)
+    return found.decoded()
 
 
 def held_out_fve(sae: SAE, shards: ShardSet, batch_size: int) -> float:

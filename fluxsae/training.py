@@ -328,7 +328,14 @@ class SAETraining(TrainedOnTokens):
             if asked:
                 raise ValueError(f"{asked[0]} is true, but {obstacle}; leave {asked[0]} out, or change that.")
             return None
-        settings = Settings(self.betas, 1e-8, self.clip_tokens, self.aux_k, self.aux_coef, fp8_encoder=self.fp8_encoder)
+        settings = Settings(
+            self.betas,
+            clip_tokens=self.clip_tokens,
+            aux_k=self.aux_k,
+            aux_coef=self.aux_coef,
+            graphs=self._processes.n == 1,  # of several processes none has been recorded yet
+            fp8_encoder=self.fp8_encoder,
+        )
         return FusedStep(self.sae, settings, self._processes)
 
     def on_validation_epoch_start(self) -> None:

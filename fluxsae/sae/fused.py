@@ -4,13 +4,14 @@ It minimises what `SAETraining` minimises. A sparse step (TopK, small k) touches
 errors that belong to codes above 0; a dense one does everything by matrix products. Either is recorded once as CUDA
 graphs and replayed. Gradients are of half the summed squared error until Adam multiplies them by 2 / (N · D).
 Where several processes have tokens of their own, gradients do reach memory, in the dtype of products: they are added up
-over processes before Adam reads them, and nothing is recorded.
+over processes before Adam reads them. What lies between two such sums is a graph of its own.
 Legend: N tokens, D width, F features, M dead features.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.distributed import Work
 from torch.optim import Adam
 
 from fluxsae.processes import OneAllReduce, Processes
@@ -138,8 +138,8 @@ class FusedStep:
         self._buffers: dict[str, Tensor] = {}
         self._x_fp8: Scaled | None = None
         self._until_fitted = 0
-        self._gradients: dict[str, Tensor] = {}
-        self._graphs = Graphs(settings.graphs and device.type == "cuda" and not together)
+        self._kept: dict[tuple[str, torch.Size], Tensor] = {}
+        self._graphs = Graphs(settings.graphs and device.type == "cuda")
         self._found: Any = None
 
     @torch.no_grad()
@@ -157,8 +157,20 @@ class FusedStep:
         columns.centre(tokens, sae.mean, sae.scale, sae.b_dec, self.x, copy, x_fp8)
         self.penalty.fill_(penalty / 2)
         self._key = (len(tokens), self._aux.set_features(dead))
-        body = self._forward_sparse if self.sparse else self._forward_dense
-        self._found = self._graphs.run(("forward", *self._key), body)
+        explain, differentiate = (
+            (self._explain_sparse, self._differentiate_sparse)
+            if self.sparse
+            else (self._explain_dense, self._differentiate_dense)
+        )
+        if self.processes.n == 1:
+            self._found = self._graphs.run(("forward", *self._key), lambda: differentiate(explain(), None))
+        else:
+            explained = self._graphs.run(("explain", *self._key), explain)
+            lengths = self.processes.total(explained.lengths)
+            mean_length = self._keep("mean length", lengths[0] / lengths[1])
+            self._found = self._graphs.run(
+                ("forward", *self._key), lambda: differentiate(explained, mean_length), reads=explained
+            )
         return self.outcome
 
     @property
@@ -176,7 +188,10 @@ class FusedStep:
         """Adam's step on the SAE's weights, moments in `optimizer`'s state; nothing where the loss was not finite."""
         states = _adam_states(optimizer, self.sae)
         self.lr.fill_(lr)
-        self._graphs.run(("update", *self._key), lambda: self._update(states), reads=self._found)
+        if self.processes.n == 1:
+            self._graphs.run(("update", *self._key), lambda: self._update_alone(states), reads=self._found)
+        else:
+            self._update_together(states)
 
     def steps_since_bad(self) -> int | None:
         """How many updates ago a loss was not finite for the first time. Waits for the device."""
@@ -210,7 +225,7 @@ class FusedStep:
             return torch.mm(self.x, self.enc_low.T, out=out)
         return torch.addmm(bias, self.x, self.enc_low.T, out=out)
 
-    def _forward_sparse(self) -> _Found:
+    def _explain_sparse(self) -> _Explained:
         sae, n = self.sae, len(self.x)
         assert isinstance(sae, TopK)
         pre = self._pre_acts(self._buffers["pre"][:n])
@@ -220,15 +235,23 @@ class FusedStep:
         slopes = values.new_empty(decoding.n_tiles(sae.d_in), n, sae.k)
         squares = values.new_empty(len(slopes), n)
         decoding.explain(values, indices, self.dec_low, self.row_scale, self.x, error, slopes, squares)
-        weighed = self._weigh(error, squares)
-        lists = feature_lists.list_by_feature(values, indices, slopes, weighed.weights, sae.n_features)
-        along, bias = torch.empty(2, sae.n_features, device=pre.device).unbind()
+        aux_codes = self._aux.codes(pre, sae.b_enc)
+        return _Explained(error, squares, self._lengths(squares), aux_codes, slopes, values, indices)
+
+    def _differentiate_sparse(self, explained: _Explained, mean_length: Tensor | None) -> _Found:
+        sae, error = self.sae, explained.error
+        assert explained.indices is not None
+        weighed = self._weigh(explained, mean_length)
+        lists = feature_lists.list_by_feature(
+            explained.codes, explained.indices, explained.slopes, weighed.weights, sae.n_features
+        )
+        along, bias = torch.empty(2, sae.n_features, device=error.device).unbind()
         row_updates.feature_sums(lists, along, bias)
-        aux = self._explain_dead(self._aux.codes(pre, sae.b_enc), error, weighed, along, bias)
-        outcome = Outcome(aux.loss, weighed.mse, lists.counts, n)
+        aux = self._explain_dead(explained.aux_codes, error, weighed, along, bias)
+        outcome = Outcome(aux.loss, weighed.mse, lists.counts, len(error))
         return _Found(outcome, error, along, bias, aux, lists=lists)
 
-    def _forward_dense(self) -> _Found:
+    def _explain_dense(self) -> _Explained:
         sae, n = self.sae, len(self.x)
         codes = self._buffers["codes"][:n]
         slopes = self._buffers["pre"][:n]
@@ -246,25 +269,31 @@ class FusedStep:
         error.addmm_(codes, self.dec_low, beta=-1)
         squares = torch.empty(1, n, device=error.device)
         columns.squared_lengths(error, squares[0])
-        weighed = self._weigh(error, squares)
+        return _Explained(error, squares, self._lengths(squares), aux_codes, slopes, codes)
+
+    def _differentiate_dense(self, explained: _Explained, mean_length: Tensor | None) -> _Found:
+        sae, error, codes, slopes = self.sae, explained.error, explained.codes, explained.slopes
+        weighed = self._weigh(explained, mean_length)
         torch.mm(error, self.dec_low.T, out=slopes)
         along, bias, fired, total = columns.mask_slopes(codes, slopes, self.penalty).unbind()
-        aux = self._explain_dead(aux_codes, error, weighed, along, bias)
+        aux = self._explain_dead(explained.aux_codes, error, weighed, along, bias)
         loss = aux.loss
         if isinstance(sae, L1):
-            loss = scalars.add_penalty(loss, total, self.penalty, 2 / (n * sae.d_in))
-        outcome = Outcome(loss, weighed.mse, fired, n)
+            loss = scalars.add_penalty(loss, total, self.penalty, 2 / (len(error) * sae.d_in))
+        outcome = Outcome(loss, weighed.mse, fired, len(error))
         return _Found(outcome, error, along, bias, aux, codes=codes, slopes=slopes)
 
-    def _weigh(self, error: Tensor, squares: Tensor) -> scalars.Weighed:
-        """The tokens' weights, by which `error` is multiplied."""
-        mean_length = None
-        if self.processes.n > 1:
-            lengths = squares.sum(dim=0).sqrt_()
-            sum_and_count = self.processes.total(torch.stack([lengths.sum(), torch.ones_like(lengths).sum()]))
-            mean_length = sum_and_count[0] / sum_and_count[1]
-        weighed = scalars.weigh_tokens(squares, self.settings.clip_tokens, self.sae.d_in, mean_length)
-        columns.weigh(error, weighed.weights)
+    def _lengths(self, squares: Tensor) -> Float[Tensor, "2"] | None:
+        """The errors' lengths added up, and their number, where other processes have more of them."""
+        if self.processes.n == 1:
+            return None
+        lengths = squares.sum(dim=0).sqrt_()
+        return torch.stack([lengths.sum(), torch.ones_like(lengths).sum()])
+
+    def _weigh(self, explained: _Explained, mean_length: Tensor | None) -> scalars.Weighed:
+        """The tokens' weights, by which errors are multiplied; `mean_length` is that of all processes' errors."""
+        weighed = scalars.weigh_tokens(explained.squares, self.settings.clip_tokens, self.sae.d_in, mean_length)
+        columns.weigh(explained.error, weighed.weights)
         return weighed
 
     def _explain_dead(
@@ -272,29 +301,14 @@ class FusedStep:
     ) -> AuxiliaryLoss:
         return self._aux.loss(codes, self.x, error, weighed, self.dec_low, self.row_scale, along, bias)
 
-    def _update(self, states: _States) -> None:
-        found, sae = self._found, self.sae
-        factor = 2 / (len(self.x) * sae.d_in) if self.processes.n == 1 else 2 / (self.processes.n * sae.d_in)
-        betas, eps = self.settings.betas, self.settings.eps
-        b_dec = columns.column_sums(found.error)
-        through = columns.column_sums(self.enc_low, found.bias)
-        b_dec -= through if self.enc_fp8 is None else through * self.enc_fp8.inverse
-        if self.processes.n > 1:
-            found, b_dec = self._of_all(found, b_dec)
-        hyper = scalars.adam_factors(found.outcome.loss, self.lr, states.steps, self.updates, betas, factor, eps)
-        unit = UnitRows(self.row_scale, found.along, self.squares)
-        enc_scale = None if self.enc_fp8 is None else self.enc_fp8.scale
-        enc = AdamState(sae.W_enc, *states.W_enc, self.enc_low, enc_scale)
-        dec = AdamState(sae.W_dec, *states.W_dec, self.dec_low)
-        if self.processes.n > 1:
-            for state, (gradient, sent), rows, aux in zip(
-                (enc, dec), self._sent(found), (None, unit), (found.aux.enc, found.aux.dec), strict=True
-            ):
-                sent.wait()
-                row_updates.update_given(state, gradient, hyper, betas, rows, aux)
-        elif found.lists is not None:
+    def _update_alone(self, states: _States) -> None:
+        found, betas = self._found, self.settings.betas
+        hyper = self._factors(found.outcome.loss, states, 2 / (len(self.x) * self.sae.d_in))
+        b_dec = self._b_dec_gradient(found)  # by the encoder as it was
+        enc, dec, unit = *self._weights(states), self._unit(found.along)
+        if found.lists is not None:
             lists = found.lists
-            pieces = self.x.new_empty(len(lists.owners), sae.d_in, dtype=torch.float32)
+            pieces = self.x.new_empty(len(lists.owners), self.sae.d_in, dtype=torch.float32)
             for state, weights, source, rows, aux in (
                 (enc, lists.slopes, self.x, None, found.aux.enc),
                 (dec, lists.values, found.error, unit, found.aux.dec),
@@ -306,41 +320,101 @@ class FusedStep:
             row_updates.update_given(enc, gradient, hyper, betas, None, found.aux.enc)
             torch.mm(found.codes.T, found.error, out=gradient)
             row_updates.update_given(dec, gradient, hyper, betas, unit, found.aux.dec)
+        self._finish(states, hyper, found.aux.bias, b_dec)
+
+    def _update_together(self, states: _States) -> None:
+        """Adam's step by the sums over processes; one gradient travels while the next is made or the last is used."""
+        run, key, found = self._graphs.run, self._key, self._found
+        sums = run(("sums", *key), self._sums, reads=found)
+        total = _Sums(*(self._keep(f"sums {i}", self.processes.total(one)) for i, one in enumerate(sums)))
+        sent = []
+        for name in ("W_enc", "W_dec"):
+            gradient = run((name, *key), partial(self._gradient, name), reads=found)
+            sent.append((gradient, self.processes.add_up(gradient)))
+        (enc, enc_sent), (dec, dec_sent) = sent
+        enc_sent.wait()
+        hyper = run(("step W_enc", *key), lambda: self._step_encoder(states, total, enc))
+        dec_sent.wait()
+        run(("step W_dec", *key), lambda: self._step_decoder(states, total, dec, hyper), reads=hyper)
+
+    def _sums(self) -> _Sums:
+        """What other processes' tokens add to, beside the gradients of weights, a token."""
+        found, share = self._found, 1 / len(self.x)
+        short = torch.cat([found.outcome.loss[None], found.along, found.aux.bias, self._b_dec_gradient(found)])
+        enc, dec = found.aux.enc, found.aux.dec
+        rows = found.along.new_empty(2, 0, self.sae.d_in)
+        if enc is not None and dec is not None:
+            rows = torch.stack([enc.gradient, dec.gradient])
+        return _Sums(short * share, rows * share)
+
+    def _gradient(self, name: str) -> Float[Tensor, "F D"]:
+        """The gradient of a weight a token, always in the same place."""
+        found, share = self._found, 1 / len(self.x)
+        gradient = self._place(name, self.dec_low)
+        right = self.x if name == "W_enc" else found.error
+        if (lists := found.lists) is not None:
+            weights = lists.slopes if name == "W_enc" else lists.values
+            pieces = self.x.new_empty(len(lists.owners), self.sae.d_in, dtype=torch.float32)
+            row_updates.sum_pieces(lists, weights, right, pieces)
+            row_updates.gather(lists, weights, right, pieces, share, gradient)
+        else:
+            left = found.slopes if name == "W_enc" else found.codes
+            torch.addmm(gradient, left.T, right, beta=0, alpha=share, out=gradient)
+        return gradient
+
+    def _step_encoder(self, states: _States, total: _Sums, gradient: Tensor) -> Float[Tensor, "5"]:
+        """What `adam_factors` returns, of the step that is made."""
+        hyper = self._factors(total.short[0], states, 2 / (self.processes.n * self.sae.d_in))
+        aux = None if self._found.aux.enc is None else self._found.aux.enc._replace(gradient=total.rows[0])
+        row_updates.update_given(self._weights(states)[0], gradient, hyper, self.settings.betas, None, aux)
+        return hyper
+
+    def _step_decoder(self, states: _States, total: _Sums, gradient: Tensor, hyper: Tensor) -> None:
+        n_features = self.sae.n_features
+        _, along, bias, b_dec = total.short.split([1, n_features, n_features, self.sae.d_in])
+        aux = None if self._found.aux.dec is None else self._found.aux.dec._replace(gradient=total.rows[1])
+        dec, unit = self._weights(states)[1], self._unit(along)
+        row_updates.update_given(dec, gradient, hyper, self.settings.betas, unit, aux)
+        self._finish(states, hyper, bias, b_dec)
+
+    def _b_dec_gradient(self, found: _Found) -> Float[Tensor, "D"]:
+        through = columns.column_sums(self.enc_low, found.bias)
+        if self.enc_fp8 is not None:
+            through *= self.enc_fp8.inverse
+        return columns.column_sums(found.error) - through
+
+    def _factors(self, loss: Tensor, states: _States, factor: float) -> Float[Tensor, "5"]:
+        settings = self.settings
+        return scalars.adam_factors(loss, self.lr, states.steps, self.updates, settings.betas, factor, settings.eps)
+
+    def _weights(self, states: _States) -> tuple[AdamState, AdamState]:
+        """W_enc and W_dec, for Adam."""
+        enc_scale = None if self.enc_fp8 is None else self.enc_fp8.scale
+        return (
+            AdamState(self.sae.W_enc, *states.W_enc, self.enc_low, enc_scale),
+            AdamState(self.sae.W_dec, *states.W_dec, self.dec_low),
+        )
+
+    def _unit(self, along: Tensor) -> UnitRows:
+        return UnitRows(self.row_scale, along, self.squares)
+
+    def _finish(self, states: _States, hyper: Tensor, b_enc: Tensor, b_dec: Tensor) -> None:
+        """Note how long the decoder's rows are now, and step the biases."""
         row_updates.unit_scale(self.squares, self.row_scale, hyper)
-        for bias, gradient, moments in (
-            (sae.b_enc, found.aux.bias, states.b_enc),
-            (sae.b_dec, b_dec, states.b_dec),
-        ):
+        for bias, gradient, moments in ((self.sae.b_enc, b_enc, states.b_enc), (self.sae.b_dec, b_dec, states.b_dec)):
             rounded = torch.empty_like(bias)
             state = AdamState(*(t.view(1, -1) for t in (bias.detach(), *moments, rounded)))
-            row_updates.update_given(state, gradient.view(1, -1), hyper, betas)
+            row_updates.update_given(state, gradient.view(1, -1), hyper, self.settings.betas)
 
-    def _of_all(self, found: _Found, b_dec: Float[Tensor, "D"]) -> tuple[_Found, Float[Tensor, "D"]]:
-        """The loss, short gradients and auxiliary rows, a token, added up over processes."""
-        loss, aux, share = found.outcome.loss, found.aux, 1 / len(self.x)
-        total = self.processes.total(torch.cat([loss[None], found.along, aux.bias, b_dec]) * share)
-        loss, along, bias, b_dec = total.split([1, len(found.along), len(aux.bias), len(b_dec)])
-        if aux.enc is not None and aux.dec is not None:
-            rows = self.processes.total(torch.stack([aux.enc.gradient, aux.dec.gradient]) * share)
-            aux = aux._replace(enc=aux.enc._replace(gradient=rows[0]), dec=aux.dec._replace(gradient=rows[1]))
-        outcome = found.outcome._replace(loss=loss[0])
-        return found._replace(outcome=outcome, along=along, aux=aux._replace(bias=bias)), b_dec
+    def _keep(self, name: str, value: Tensor) -> Tensor:
+        """A copy that lies where the last of this name and shape did, for graphs to read."""
+        return self._place(name, value).copy_(value)
 
-    def _sent(self, found: _Found) -> list[tuple[Float[Tensor, "F D"], Work]]:
-        """The gradients of W_enc and W_dec a token, on their way to be added up; the first while the second is made."""
-        sent, share = [], 1 / len(self.x)
-        for name, left, right in (("W_enc", found.slopes, self.x), ("W_dec", found.codes, found.error)):
-            gradient = self._gradients.setdefault(name, self.dec_low.new_empty(self.dec_low.shape))
-            if (lists := found.lists) is not None:
-                weights = lists.slopes if name == "W_enc" else lists.values
-                pieces = self.x.new_empty(len(lists.owners), self.sae.d_in, dtype=torch.float32)
-                row_updates.sum_pieces(lists, weights, right, pieces)
-                row_updates.gather(lists, weights, right, pieces, share, gradient)
-            else:
-                assert left is not None
-                torch.addmm(gradient, left.T, right, beta=0, alpha=share, out=gradient)
-            sent.append((gradient, self.processes.add_up(gradient)))
-        return sent
+    def _place(self, name: str, like: Tensor) -> Tensor:
+        """Memory of this name and shape, always the same."""
+        if (name, like.shape) not in self._kept:
+            self._kept[name, like.shape] = torch.empty_like(like)
+        return self._kept[name, like.shape]
 
     def _make_room(self, n_tokens: int) -> None:
         """Make buffers for as many tokens: before a pass, as recorded graphs write to those that there were."""
@@ -391,6 +465,28 @@ def disagreement(
         if not off <= tolerance:
             return f"the {name} is {off:.0%} off autograd's on this GPU"
     return None
+
+
+class _Explained(NamedTuple):
+    """The first half of a forward pass: codes, of a sparse one with the features that they are of, and errors.
+
+    `slopes` are those of codes in a sparse pass; in a dense one it is where they will be.
+    """
+
+    error: Tensor
+    squares: Tensor
+    lengths: Tensor | None
+    aux_codes: Tensor | None
+    slopes: Tensor
+    codes: Tensor
+    indices: Tensor | None = None
+
+
+class _Sums(NamedTuple):
+    """The loss, gradients along decoder rows, of b_enc and of b_dec in one; the auxiliary rows of both weights."""
+
+    short: Tensor
+    rows: Tensor
 
 
 class _Found(NamedTuple):

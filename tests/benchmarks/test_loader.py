@@ -35,10 +35,11 @@ def test_every_reader_is_measured_beside_cat(
     assert "of cat" in capsys.readouterr().out
 
 
-def test_fp8_is_compared_with_what_it_was_made_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("more", ["", "--encoder", "--encoder --l1 0.1"])
+def test_fp8_is_compared_with_what_is_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str) -> None:
     shards, out = token_shards(tmp_path / "tokens", 20, 2, size=128).folder, tmp_path / "fp8.json"
     how = "--seeds 1 --features 24 --k 4 --epochs 2 --batch-size 128 --within 1"
-    monkeypatch.setattr(sys, "argv", ["fp8", str(shards), *how.split(), "--json", str(out)])
+    monkeypatch.setattr(sys, "argv", ["fp8", str(shards), *how.split(), *more.split(), "--json", str(out)])
     with pytest.raises(SystemExit, match="0"):
         fp8.main()
     [pair] = json.loads(out.read_text())["pairs"]

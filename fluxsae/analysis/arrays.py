@@ -14,11 +14,14 @@ from lightning.pytorch import Trainer
 from fluxsae.analysis.gather import gather_objects
 from fluxsae.storage import remove_parts, whole_file
 
+_AT_ONCE = 1 << 25
+"""Bytes that are filled before the disk is asked to take them, while others are computed."""
+
 
 class SharedArray:
     """An `.npy` file that appears under its name when all its rows have been written, by whichever processes.
 
-    The host's memory does not grow with it, as it is a memory map.
+    The host's memory does not grow with it, as it is a memory map; nor is there much left to write at the end.
 
     Args:
         trainer: whose processes write to it; all of them must see the file's folder.
@@ -28,7 +31,7 @@ class SharedArray:
 
     def __init__(self, trainer: Trainer, path: Path, shape: tuple[int, ...]) -> None:
         self.path = path
-        self._n_written = 0
+        self._n_written = self._n_bytes = 0
         self._temporary = ExitStack()
         name = ""
         if trainer.is_global_zero:
@@ -41,6 +44,16 @@ class SharedArray:
         """Fill some rows, each of which must be written once."""
         self.array[rows] = values
         self._n_written += len(rows)
+        self._n_bytes += values.nbytes
+        if self._n_bytes >= _AT_ONCE:
+            self._n_bytes = 0
+            self._start_writing()
+
+    def _start_writing(self) -> None:
+        """Have the disk begin with what has been filled. Nobody waits for it."""
+        if hasattr(os, "posix_fadvise") and isinstance(self.array, np.memmap) and self.array.filename is not None:
+            with open(self.array.filename, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def n_written(self, trainer: Trainer) -> int:
         """How many rows all processes have written; what they wrote is in the file from then on."""

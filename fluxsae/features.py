@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fluxsae.storage import read_csv, remove_parts, write_csv
+from fluxsae.storage import read_columns, read_csv, remove_parts, write_columns
 
 COLUMNS = (
     "feature",
@@ -60,22 +60,20 @@ def update_features(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> N
     Raises ValueError when a column's length differs from the table's.
     """
     path = Path(path)
-    n_features = len(next(iter(columns.values())))
-    rows: list[dict[str, Any]] = [dict(row) for row in read_csv(path)] if path.exists() else []
-    if not rows:
-        rows = [{"feature": str(feature)} for feature in range(n_features)]
+    table: dict[str, Sequence[Any]] = dict(read_columns(path)) if path.exists() else {}
+    if not table.get("feature"):
+        table = {"feature": range(len(next(iter(columns.values()))))}
+    n_features = len(table["feature"])
     for name, values in columns.items():
-        if len(values) != len(rows):
+        if len(values) != n_features:
             raise ValueError(
-                f"column {name!r} has {len(values)} values but {path} has {len(rows)} features; "
+                f"column {name!r} has {len(values)} values but {path} has {n_features} features; "
                 "the table is another SAE's: remove it or name another file."
             )
-        for row, value in zip(rows, values, strict=True):
-            row[name] = value
-    extra = sorted({name for row in rows for name in row} - set(COLUMNS))
-    present = [name for name in COLUMNS if any(name in row for row in rows)]
+        table[name] = values
+    names = [name for name in COLUMNS if name in table] + sorted(table.keys() - set(COLUMNS))
     remove_parts(path)
-    write_csv(path, rows, [*present, *extra])
+    write_columns(path, {name: table[name] for name in names})
 
 
 def read_features(path: str | Path) -> list[Feature]:

@@ -111,10 +111,32 @@ def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequ
 
     Fields are text to whoever reads the file: one that a spreadsheet would run as a formula gets a leading apostrophe.
     """
+    _write_fields(path, columns, ([_field(row.get(column)) for column in columns] for row in rows))
+
+
+def write_columns(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """Write columns of one length as `write_csv` writes rows; long tables are written several times faster so."""
+    _write_fields(path, list(columns), zip(*(map(_field, values) for values in columns.values()), strict=True))
+
+
+def _write_fields(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_field(row.get(column)) for column in columns] for row in rows)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def read_columns(path: str | Path) -> dict[str, list[str]]:
+    """The columns of a CSV file with a header, every value as text.
+
+    FileNotFoundError when it is missing, ValueError when a row is longer or shorter than the header.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{path} has a row of {len(row)} fields, expected {len(header)}: {row}; make it again.")
+    return {name: [_unquote(row[i]) for row in rows] for i, name in enumerate(header)}
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:

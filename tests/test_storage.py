@@ -12,7 +12,18 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fluxsae.storage import read_json, remove_parts, sealed, unsealed, whole_file, write_json
+from fluxsae.storage import (
+    read_columns,
+    read_csv,
+    read_json,
+    remove_parts,
+    sealed,
+    unsealed,
+    whole_file,
+    write_columns,
+    write_csv,
+    write_json,
+)
 
 
 def test_a_sealed_record_tells_a_changed_digit(tmp_path: Path) -> None:
@@ -55,3 +66,22 @@ def test_files_have_the_mode_of_any_new_file(tmp_path: Path, umask: int) -> None
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
+def test_columns_and_rows_are_the_same_table(tmp_path: Path) -> None:
+    columns = {"a": [1, 2.5e-9, None], "b": ["=SUM(A1)", "x,\ny", "it's"]}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    write_columns(tmp_path / "columns.csv", columns)
+    write_csv(tmp_path / "rows.csv", rows, list(columns))
+    assert (tmp_path / "columns.csv").read_bytes() == (tmp_path / "rows.csv").read_bytes()
+    found = read_columns(tmp_path / "rows.csv")
+    assert found == {"a": ["1", "2.5e-09", ""], "b": ["=SUM(A1)", "x,\ny", "it's"]}
+    assert read_csv(tmp_path / "rows.csv") == [
+        dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)
+    ]
+
+
+def test_a_row_that_was_cut_short_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n\n3\n")
+    with pytest.raises(ValueError, match=r"a\.csv has a row of 1 fields, expected 2: \['3'\]"):
+        read_columns(tmp_path / "a.csv")

@@ -10,7 +10,9 @@ import json
 import mmap
 import warnings
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +39,8 @@ from fluxsae.shards.format import (
 from fluxsae.shards.tar import Member, Tar, index_tar, open_tar
 from fluxsae.spec import CaptureSpec, GenerationSpec
 
+_INDICES = 128
+"""Shards of which it is known where members lie: that takes half a kilobyte an image, which would add up."""
 _MAPS = 128
 """Shards open at once: each holds two file descriptors, and a process has about a thousand."""
 
@@ -61,7 +65,7 @@ class ShardSet:
         self._n_images = metadata.n_images
         self._first = [shard.first_image for shard in metadata.shards]
         self._tars: dict[int, Tar] = {}
-        self._indices: dict[int, dict[str, Member]] = {}
+        self._indices: OrderedDict[int, dict[str, Member]] = OrderedDict()  # the last used behind the others
 
     @classmethod
     def open(cls, folder: str | Path, kind: Kind | None = None, *, complete: bool = True) -> ShardSet:
@@ -215,12 +219,23 @@ class ShardSet:
         if not 0 <= image < len(self):
             raise ValueError(f"image {image} is not in {self.folder}, which has images 0 to {len(self) - 1}.")
         shard = bisect_right(self._first, image) - 1
-        if shard not in self._indices:
-            self._indices[shard] = index_tar(self._map(shard), self.folder / self._entry(shard).name)
-        name = f"{sample_key(image)}.{extension}"
-        if name not in self._indices[shard]:
+        name, index = f"{sample_key(image)}.{extension}", self._index(shard)
+        if name not in index:
             raise self._damaged(shard, name, "it is missing")
-        return shard, self._indices[shard][name]
+        return shard, index[name]
+
+    def _index(self, shard: int) -> dict[str, Member]:
+        """Where a shard's members lie; known of those that were looked into last. Several threads may ask."""
+        index = self._indices.get(shard)
+        if index is None:
+            index = index_tar(self._map(shard), self.folder / self._entry(shard).name)
+            if len(self._indices) >= _INDICES:
+                self._indices.popitem(last=False)
+            self._indices[shard] = index
+        else:
+            with suppress(KeyError):  # another thread has dropped it
+                self._indices.move_to_end(shard)
+        return index
 
     def _map(self, shard: int) -> mmap.mmap:
         return self._tar(shard).map

@@ -168,3 +168,15 @@ def test_shards_beyond_those_kept_open_are_opened_again(tmp_path: Path, monkeypa
     for _ in range(2):
         assert all(torch.equal(shards.tokens(image), expected[image]) for image in range(20))
     assert opened[5:] == ["shard-00002", "shard-00003", "shard-00004"] * 2
+
+
+def test_of_few_shards_is_it_known_where_members_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were looked into last, so that memory does not grow with a set."""
+    monkeypatch.setattr(read, "_INDICES", 2)
+    looked_into: list[str] = []
+    index_tar = read.index_tar
+    monkeypatch.setattr(read, "index_tar", lambda tar, path: looked_into.append(path.stem[-1]) or index_tar(tar, path))
+    shards = token_shards(tmp_path, 6, 2, images_per_shard=4)
+    for image in (0, 4, 0, 8, 1, 5, 11, 3):
+        assert shards.record(image).image == image
+    assert "".join(looked_into) == "0121" + "2" + "0" and len(shards._indices) == 2

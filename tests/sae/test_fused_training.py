@@ -49,9 +49,16 @@ class StopAt(Callback):
 
 
 def fit(
-    shards: Path, folder: Path, sae: SAE, fused: bool | None, *callbacks: Callback, resume: str | None = None
+    shards: Path,
+    folder: Path,
+    sae: SAE,
+    fused: bool | None,
+    *callbacks: Callback,
+    resume: str | None = None,
+    fp8_encoder: bool = False,
 ) -> SAE:
-    module = SAETraining(sae, folder, lr=0.01, warmup_steps=2, dead_after=20, check_every=2, fused=fused)
+    how = {"dead_after": 20, "check_every": 2, "fused": fused, "fp8_encoder": fp8_encoder}
+    module = SAETraining(sae, folder, lr=0.01, warmup_steps=2, **how)
     trainer = Trainer(
         accelerator="auto",
         devices=1,
@@ -126,6 +133,13 @@ def test_where_kernels_are_wrong_autograd_goes_on(
 def test_without_a_gpu_it_says_why(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fused is true, but there is no NVIDIA GPU; leave fused out"):
         fit(shards, tmp_path, MAKE["TopK"](), True)
+    with pytest.raises(ValueError, match="fp8_encoder is true, but there is no NVIDIA GPU; leave fp8_encoder out"):
+        fit(shards, tmp_path, MAKE["TopK"](), None, fp8_encoder=True)
+
+
+def test_an_fp8_encoder_without_fused_steps_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fp8_encoder is true, but fused is false"):
+        fit(shards, tmp_path, MAKE["TopK"](), False, fp8_encoder=True)
 
 
 @pytest.mark.parametrize(

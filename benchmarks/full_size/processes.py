@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 
 
@@ -20,9 +21,12 @@ def run_together(command: Sequence[str], n: int) -> None:
         for rank in range(n):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             processes.append(subprocess.Popen(command, env={**os.environ, **told, **own}))
-        for process in processes:
-            if process.wait() != 0:
-                raise RuntimeError(f"one of {n} processes ended with code {process.returncode}; see its message above.")
+        codes: list[int | None] = [None]
+        while None in codes:
+            time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+            if bad := next((code for code in codes if code), None):
+                raise RuntimeError(f"one of {n} processes ended with code {bad}; see its message above.")
     finally:
         for process in processes:
             process.kill()

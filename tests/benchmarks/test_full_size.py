@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from benchmarks.full_size.__main__ import main as run_all
 from benchmarks.full_size.capture import main
 from benchmarks.full_size.model import FULL, TINY, write_frame
+from benchmarks.full_size.processes import run_together
 from fluxsae.flux.load import load_frame, transformer_skeleton
 
 
@@ -39,6 +42,24 @@ def test_the_captures_beside_the_plain_loop(
     main(["--tiny", "--card", "24", "40", "--schnell", *sizes, "--only", "images", "--json", str(path)])
     names = ["tokens and images, 24 GB", "tokens and images, 40 GB"]
     assert [result["name"] for result in json.loads(path.read_text())["results"]] == names
+
+
+@pytest.mark.slow
+def test_a_capture_by_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.json"
+    sizes = ["--pixels", "32", "--prompts", "1", "--batch-size", "4", "--only", "tokens"]
+    main(["--tiny", "--gpus", "2", *sizes, "--json", str(path)])
+    [found] = json.loads(path.read_text())["results"]
+    assert (found["name"], found["n_images"], found["ratio"]) == ("tokens, 2 GPUs", 8, 1.0)
+    assert capfd.readouterr().out.count("tokens, 2 GPUs") == 1
+
+
+def test_when_one_process_fails_the_others_are_ended() -> None:
+    began = time.monotonic()
+    script = "import os, sys, time; sys.exit(3) if os.environ['RANK'] == '1' else time.sleep(60)"
+    with pytest.raises(RuntimeError, match="one of 2 processes ended with code 3"):
+        run_together([sys.executable, "-c", script], 2)
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.slow

@@ -61,11 +61,16 @@ class Ours(Library):
 
 
 def recipe(task: Task) -> dict[str, Any]:
-    """What differs from `SAETraining`'s defaults: these runs are short."""
+    """What differs from `SAETraining`'s defaults: these runs are short.
+
+    A rate that falls for most of the run leaves features that it killed the time to come back, and lifting those that
+    were silent for one batch, a little at a time, brings them.
+    """
     return {
         "warmup_steps": task.share(0.05),
+        "decay_fraction": 0.6,
         "betas": (0.9, 0.99),
         "aux_k": 0,
-        "revive": 0.0 if task.plain else 0.02,
-        "dead_after": task.dead_after or 5 * task.batch_size,
+        "revive": 0.0 if task.plain else 0.005,
+        "dead_after": task.dead_after or task.batch_size,
     }

@@ -26,7 +26,7 @@ from torch import Tensor
 from fluxsae.activations import ActivationData
 from fluxsae.sae import L1, SAE, TopK, load_sae
 from fluxsae.sae.evaluation import Evaluation
-from fluxsae.sae.fp8 import Scaled
+from fluxsae.sae.fp8 import Scaled, straight_through
 from fluxsae.shards import ShardSet, ShardWriter
 from fluxsae.storage import whole_file
 from fluxsae.training import SAETraining
@@ -107,18 +107,8 @@ def fit(
 def project_rounded(sae: SAE, x: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
     """Pre-activations as a fused step with `fp8_encoder` has them, and its gradients."""
     centred = x - sae.b_dec
-    x_fp8, weights = rounded(centred), rounded(sae.W_enc)
-    passed = centred.detach() @ sae.W_enc.T + centred @ weights.T
-    return (x_fp8 @ weights.T - passed).detach() + passed + sae.b_enc
-
-
-@torch.no_grad()
-def rounded(matrix: Float[Tensor, "N D"]) -> Float[Tensor, "N D"]:
-    """The fp8 numbers that stand for those of a matrix."""
-    found = Scaled.empty(len(matrix), matrix.shape[1], matrix.device)
-    found.fit(matrix)
-    found.encode(matrix)
-    return found.decoded()
+    rounded = (Scaled.of(matrix.detach()).decoded() for matrix in (centred, sae.W_enc))
+    return straight_through(centred, sae.W_enc, *rounded) + sae.b_enc
 
 
 def held_out_fve(sae: SAE, shards: ShardSet, batch_size: int) -> float:

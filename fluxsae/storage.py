@@ -131,8 +131,7 @@ def read_columns(path: str | Path) -> dict[str, list[str]]:
 
     FileNotFoundError when it is missing, ValueError when a row is longer or shorter than the header.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    header, rows = _read_fields(path)
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"{path} has a row of {len(row)} fields, expected {len(header)}: {row}; make it again.")
@@ -141,12 +140,18 @@ def read_columns(path: str | Path) -> dict[str, list[str]]:
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header, every value as text. FileNotFoundError when it is missing."""
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        header, *rows = [*csv.reader(file)] or [[]]
-    if any(len(row) != len(header) for row in rows):  # blank lines, or a damaged file
+    header, rows = _read_fields(path)
+    if any(len(row) != len(header) for row in rows):  # a damaged file
         with Path(path).open(newline="", encoding="utf-8") as file:
             return [{key: _unquote(value) for key, value in row.items()} for row in csv.DictReader(file)]
     return [dict(zip(header, map(_unquote, row), strict=True)) for row in rows]
+
+
+def _read_fields(path: str | Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows, as they are stored, but for blank lines."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        header, *rows = [row for row in csv.reader(file) if row] or [[]]
+    return header, rows
 
 
 def sha256_file(path: str | Path) -> str:

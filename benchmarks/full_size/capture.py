@@ -4,8 +4,8 @@ Random weights, made on the GPU, go through what `fluxsae predict -c configs/flu
 the same process, runs the loop that one would write: diffusers' pipeline at batch 1 with a forward hook. `--schnell`
 takes FLUX.1-schnell's setting instead, `--pixels` another size. `--card 24` caps the memory at so many GB, takes the
 settings for such a card, and weights from host memory. `--gpus 1 2` captures as many images a GPU by one process and by
-two, a GPU each. `--tiny` runs all of it on a CPU in less than a minute, on 64×64
-pixels and blocks of width 16, where the times mean little.
+two, a GPU each. `--tiny` runs all of it on a CPU in less than a minute, on 64×64 pixels and blocks of width 16, where
+the times mean little.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def compare(bench: Bench, n_plain: int, work: Sequence[tuple[Case, int]], batch_
 
     A table's line is printed for each.
     """
-    say(f"{'':<26}{'images':>8}{'images/s':>10}{'× plain':>9}{'GB':>8}")
+    say(head("× plain"))
     found = [told(bench.plain(n_plain)._replace(ratio=1.0))] if n_plain else []
     for case, n_prompts in work:
         result = bench.capture(case, n_prompts, batch_size)
@@ -234,6 +234,11 @@ def compare(bench: Bench, n_plain: int, work: Sequence[tuple[Case, int]], batch_
         more = rates["tokens"] / rates["3 sites × 3 steps"] - 1
         say(f"An image of 3 sites × 3 steps takes {more:+.1%} more time than of one.")
     return found
+
+
+def head(ratio: str) -> str:
+    """The table's first line."""
+    return f"{'':<26}{'images':>8}{'images/s':>10}{ratio:>9}{'GB':>8}"
 
 
 def told(result: Result) -> Result:
@@ -293,23 +298,14 @@ def on_gpus(size: Size, folder: Path, words: Sequence[str], options: argparse.Na
     for n in options.gpus:
         own = folder / f"{n} GPUs"
         write_frame(own / "model", size)
-        more = [
-            "--gpus",
-            "--plain",
-            "0",
-            "--process-of",
-            str(n),
-            "--folder",
-            str(own),
-            "--json",
-            str(own / "found.json"),
-        ]
-        run_together([sys.executable, "-m", "benchmarks.full_size.capture", *words, *more], n)
+        one_of = f"--gpus --plain 0 --process-of {n} --folder".split()  # the last word said of an option counts
+        command = [sys.executable, "-m", "benchmarks.full_size.capture", *words, *one_of, str(own)]
+        run_together([*command, "--json", str(own / "found.json")], n)
         for values in read_json(own / "found.json")["results"]:
             one = Result(**values)
             ratio = one.images_per_second / first.setdefault(one.name, one.images_per_second)
             found.append(one._replace(name=f"{one.name}, {n} GPU{'s' if n > 1 else ''}", ratio=ratio))
-    say(f"{'':<26}{'images':>8}{'images/s':>10}{'× first':>9}{'GB':>8}")
+    say(head("× first"))
     return [told(one) for one in found]
 
 

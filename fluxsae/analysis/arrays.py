@@ -38,7 +38,8 @@ class SharedArray:
             remove_parts(path)
             name = str(self._temporary.enter_context(whole_file(path)))
             _make(Path(name), shape)
-        self.array: Float[np.ndarray, "P *shape"] = np.load(trainer.strategy.broadcast(name), mmap_mode="r+")
+        self._part = Path(trainer.strategy.broadcast(name))
+        self.array: Float[np.ndarray, "P *shape"] = np.load(self._part, mmap_mode="r+")
 
     def write(self, rows: Int[np.ndarray, "M"], values: Float[np.ndarray, "M *shape"]) -> None:
         """Fill some rows, each of which must be written once."""
@@ -51,8 +52,8 @@ class SharedArray:
 
     def _start_writing(self) -> None:
         """Have the disk begin with what has been filled. Nobody waits for it."""
-        if hasattr(os, "posix_fadvise") and isinstance(self.array, np.memmap) and self.array.filename is not None:
-            with open(self.array.filename, "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            with self._part.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def n_written(self, trainer: Trainer) -> int:

@@ -34,6 +34,14 @@ class Scaled(NamedTuple):
         values = torch.empty(n_rows, width, dtype=FP8, device=device)
         return cls(values, torch.ones((), device=device), torch.ones((), device=device))
 
+    @classmethod
+    def of(cls, matrix: Float[Tensor, "N D"]) -> Scaled:
+        """The numbers that stand for those of a matrix, by the scale that fits them."""
+        found = cls.empty(len(matrix), matrix.shape[1], matrix.device)
+        found.fit(matrix)
+        found.encode(matrix)
+        return found
+
     def part(self, n_rows: int) -> Scaled:
         """The first rows, in the same memory."""
         return self._replace(values=self.values[:n_rows])
@@ -72,6 +80,20 @@ def product(
         use_fast_accum=True,
         out=out,
     )
+
+
+def straight_through(
+    left: Float[Tensor, "N D"],
+    right: Float[Tensor, "F D"],
+    left_fp8: Float[Tensor, "N D"],
+    right_fp8: Float[Tensor, "F D"],
+) -> Float[Tensor, "N F"]:
+    """The product of rounded numbers, decoded, for autograd to differentiate as a fused step does.
+
+    The gradient of `right` is by `left` as it is, that of `left` by `right` as it was rounded.
+    """
+    passed = left.detach() @ right.T + left @ right_fp8.T
+    return (left_fp8 @ right_fp8.T - passed).detach() + passed
 
 
 def why_no_fp8(device: torch.device, *sizes: int) -> str | None:

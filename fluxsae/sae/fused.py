@@ -4,7 +4,7 @@ It minimises what `SAETraining` minimises. A sparse step (TopK, small k) touches
 errors that belong to codes above 0; a dense one does everything by matrix products. Either is recorded once as CUDA
 graphs and replayed. Gradients are of half the summed squared error until Adam multiplies them by 2 / (N · D).
 Where several processes have tokens of their own, gradients do reach memory, in the dtype of products: they are added up
-over processes before Adam reads them. What lies between two such sums is a graph of its own.
+over processes before Adam reads them. What lies between two such sums can be a graph of its own.
 Legend: N tokens, D width, F features, M dead features.
 """
 
@@ -124,7 +124,7 @@ class FusedStep:
         obstacle = why_no_fp8(device, sae.d_in, sae.n_features) if settings.fp8_encoder else None
         if obstacle is not None:
             raise ValueError(f"fp8_encoder is true, but {obstacle}; leave it out.")
-        self.enc_fp8 = Scaled.empty(sae.n_features, sae.d_in, device) if settings.fp8_encoder else None
+        self.enc_fp8 = Scaled.of(sae.W_enc.detach()) if settings.fp8_encoder else None
         self.enc_low = sae.W_enc.detach().to(settings.dtype) if self.enc_fp8 is None else self.enc_fp8.values
         self.dec_low = sae.W_dec.detach().to(settings.dtype)
         self.row_scale = torch.ones(sae.n_features, device=device)

@@ -16,6 +16,7 @@ from fluxsae.processes import Processes
 from fluxsae.sae import L1, SAE, TopK, auxiliary
 from fluxsae.sae import fused as fused_step
 from fluxsae.sae.dead import aux_error
+from fluxsae.sae.fp8 import straight_through
 from fluxsae.sae.fused import ALONE, FusedStep, Settings
 from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, scalars, selection
 from fluxsae.sae.objective import squared_errors, token_weights
@@ -338,11 +339,7 @@ def test_an_fp8_encoder_rounds_tokens_and_weights_and_nothing_else(sae: SAE, n_t
 
 
 def project_rounded(sae: SAE, rounded: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
-    """Products of rounded numbers; the gradient of the weights is of whole tokens, that of b_dec of rounded weights."""
-    x_fp8, weights = rounded
-    centred = x - sae.b_dec
-    passed = centred.detach() @ sae.W_enc.T + centred @ weights.T
-    return (x_fp8 @ weights.T - passed).detach() + passed + sae.b_enc
+    return straight_through(x - sae.b_dec, sae.W_enc, *rounded) + sae.b_enc
 
 
 def test_sizes_that_fp8_cannot_have_are_refused() -> None:

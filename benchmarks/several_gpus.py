@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Tokens a second over all GPUs, and how many times those of the first case of the same width that is."""
+    """Tokens a second over all GPUs, and how many times those of one GPU by the same steps that is."""
 
     case: Case
     tokens_per_second: float
@@ -129,22 +129,25 @@ def measure(case: Case, options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> Iterator[Result]:
     """Time every case in processes of its own."""
     has_gpu = torch.cuda.is_available()
-    cases = [
-        Case("one GPU", 1, "nothing", options.n_features),
-        *([Case("one GPU, fused step", 1, "nothing", options.n_features, fused=True)] if has_gpu else []),
-        Case("two GPUs, own tokens", 2, "tokens", options.n_features),
-        *([Case("the same, fused step", 2, "tokens", options.n_features, fused=True)] if has_gpu else []),
-        Case("one GPU, wide", 1, "nothing", options.wide),
-        Case("two GPUs share wide", 2, "features", options.wide),
-    ]
-    first: dict[int, float] = {}
+    cases = {
+        "tokens": [
+            Case(f"{name}{', fused step' if fused else ''}", n, share, options.n_features, fused)
+            for fused in (False, True)[: 1 + has_gpu]
+            for name, n, share in (("one GPU", 1, "nothing"), ("two GPUs, own tokens", 2, "tokens"))
+        ],
+        "features": [
+            Case("one GPU, wide", 1, "nothing", options.wide),
+            Case("two GPUs share wide", 2, "features", options.wide),
+        ],
+    }
+    first: dict[tuple[int, bool], float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for case in cases:
+        for case in (case for share in options.share for case in cases[share]):
             leave = Path(folder) / "speed.json"
             command = [sys.executable, "-m", "benchmarks.several_gpus", *sys.argv[1:]]
             subprocess.run([*command, "--case", json.dumps(case), "--leave", str(leave)], check=True)
             speed = json.loads(leave.read_text())
-            yield Result(case, speed, speed / first.setdefault(case.n_features, speed))
+            yield Result(case, speed, speed / first.setdefault((case.n_features, case.fused), speed))
 
 
 def main() -> None:
@@ -153,11 +156,11 @@ def main() -> None:
         measure(Case(*json.loads(options.case)), options)
         return
     results = []
-    print(f"{'':26}{'features':>10}{'tokens/s':>14}{'speed-up':>10}")
+    print(f"{'':34}{'features':>10}{'tokens/s':>14}{'speed-up':>10}")
     for result in compare(options):
         results.append({**result.case._asdict(), **result._asdict(), "case": result.case.name})
         case = result.case
-        print(f"{case.name:26}{case.n_features:>10,}{result.tokens_per_second:>14,.0f}{result.speed_up:>10.2f}")
+        print(f"{case.name:34}{case.n_features:>10,}{result.tokens_per_second:>14,.0f}{result.speed_up:>10.2f}")
     if options.json is not None:
         settings = {key: str(value) for key, value in vars(options).items()}
         options.json.write_text(json.dumps({"options": settings, "results": results}, indent=1) + "\n")
@@ -170,6 +173,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--d-in", type=int, default=3072 if on_gpu else 32)
     parser.add_argument("--n-features", type=int, default=12288 if on_gpu else 256)
     parser.add_argument("--wide", type=int, default=131072 if on_gpu else 1024, help="features that two GPUs share")
+    share = ["tokens", "features"]
+    parser.add_argument("--share", choices=share, nargs="+", default=share, help="what two GPUs share out")
     parser.add_argument("--k", type=int, default=64 if on_gpu else 8)
     parser.add_argument("--batch", type=int, default=8192 if on_gpu else 64, help="tokens a GPU and step")
     parser.add_argument("--steps", type=int, default=100 if on_gpu else 10)

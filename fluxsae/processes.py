@@ -5,6 +5,7 @@ Legend: N tokens of one process, D width.
 
 from __future__ import annotations
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+from fluxsae.sae.graphs import clear_all
 
 
 class Processes(NamedTuple):
@@ -45,6 +48,29 @@ class Processes(NamedTuple):
     def add_up(self, sums: Shaped[Tensor, "*shape"]) -> dist.Work:
         """Begin to add up over processes, in place, beside what the device is asked to do next; `wait` for the end."""
         work = dist.all_reduce(sums, group=self.group, async_op=True)
+        assert work is not None
+        return work
+
+    @property
+    def recordable(self) -> bool:
+        """Whether CUDA graphs can hold what processes exchange."""
+        return self.n == 1 or dist.get_backend(self.group) == "nccl"
+
+    def share(self, n_rows: int) -> slice:
+        """This process's rows of as many, which `n` divides."""
+        each = n_rows // self.n
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def add_up_share(self, sums: Shaped[Tensor, "N *D"], share: Shaped[Tensor, "M *D"]) -> dist.Work:
+        """Begin to add up over processes, as `add_up` does, what is this process's share of the rows, in `share`."""
+        work = dist.reduce_scatter_tensor(share, sums, group=self.group, async_op=True)
+        assert work is not None
+        return work
+
+    def spread(self, rows: Shaped[Tensor, "N *D"]) -> dist.Work:
+        """Begin to give each process's `share` of the rows to all others, in place; `wait` for the end."""
+        given = rows.view(torch.uint8) if rows.dtype.itemsize == 1 else rows  # not all know how to send fp8
+        work = dist.all_gather_into_tensor(given, given[self.share(len(rows))], group=self.group, async_op=True)
         assert work is not None
         return work
 
@@ -85,6 +111,15 @@ class OneAllReduce(DDPStrategy):
         hook = bf16_compress_hook if compress else None
         self.compress = compress
         super().__init__(ddp_comm_hook=hook, gradient_as_bucket_view=True, bucket_cap_mb=_NO_LIMIT, **options)
+
+    def setup_environment(self) -> None:
+        # What is sent beside kernels shall not wait until the last of their blocks has begun.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        super().setup_environment()
+
+    def teardown(self) -> None:
+        clear_all()  # NCCL waits for graphs that hold its kernels, when its connections are closed
+        super().teardown()
 
     def configure_ddp(self) -> None:
         super().configure_ddp()

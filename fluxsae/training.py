@@ -211,7 +211,6 @@ class SAETraining(TrainedOnTokens):
     def _train_fused(self, step: FusedStep, batch: Tensor) -> Tensor:
         assert self._dead is not None
         outcome = step.forward(batch, self._dead, self._penalty)
-        self._count(outcome.fired > 0, len(batch))
         if self._logs_now:
             self._log_step(outcome.loss, outcome.mse, step.variance_explained(), outcome.l0)
         return outcome.loss
@@ -306,6 +305,8 @@ class SAETraining(TrainedOnTokens):
     def _after_step(self) -> None:
         if self._step is None:
             self.sae.normalise_rows()
+        else:
+            self._note_fired(*self._step.seen)
         if self.lift:
             add_rows(self.sae.b_enc, self.lift * self._silent)
 
@@ -333,7 +334,6 @@ class SAETraining(TrainedOnTokens):
             clip_tokens=self.clip_tokens,
             aux_k=self.aux_k,
             aux_coef=self.aux_coef,
-            graphs=self._processes.n == 1,  # of several processes none has been recorded yet
             fp8_encoder=self.fp8_encoder,
         )
         return FusedStep(self.sae, settings, self._processes)
@@ -403,13 +403,16 @@ class SAETraining(TrainedOnTokens):
         return min(1.0, self.global_step / steps) if steps > 0 else 1.0
 
     def _count(self, fired: Tensor, n_tokens: int) -> None:
-        n: int | Tensor = n_tokens
-        if self._processes.n > 1:  # the number of all, as replicas with other numbers would take others for dead
-            here = torch.cat([fired.int(), torch.full_like(fired[:1], n_tokens, dtype=torch.int32)])
-            total = self._processes.total(here)
-            fired, n = total[:-1] > 0, total[-1]
-        self.since_fired.add_(n).masked_fill_(fired, 0)
-        self.tokens_seen.add_(n)
+        """Count over all processes, as replicas with other numbers would take others for dead."""
+        if self._processes.n == 1:
+            self._note_fired(fired, n_tokens)
+        else:
+            total = self._total(torch.cat([fired.int(), torch.full_like(fired[:1], n_tokens, dtype=torch.int32)]))
+            self._note_fired(total[:-1], total[-1])
+
+    def _note_fired(self, fired: Tensor, n_tokens: Tensor | int) -> None:
+        self.since_fired.add_(n_tokens).masked_fill_(fired > 0, 0)
+        self.tokens_seen.add_(n_tokens)
 
     @torch.no_grad()
     def _resample(self, batch: Tensor) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import os
 import sys
 import tempfile
@@ -175,7 +176,8 @@ class Bench:
         return result
 
     def _predict(self, case: Case, n_prompts: int, batch_size: int, folder: Path) -> None:
-        """The command itself, whose weights are at hand already."""
+        """The command itself, whose weights are at hand already, in memory that the one before has left."""
+        gc.collect()
         options = {"model": self.frame, "folder": folder, **self.setting, **case.options}
         arguments = [word for config in self.configs for word in ("-c", str(config))]
         arguments += [f"--model.init_args.{key}={value}" for key, value in options.items()]

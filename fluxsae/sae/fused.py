@@ -3,8 +3,9 @@
 It minimises what `SAETraining` minimises. A sparse step (TopK, small k) touches only the decoder rows, tokens and
 errors that belong to codes above 0; a dense one does everything by matrix products. Either is recorded once as CUDA
 graphs and replayed. Gradients are of half the summed squared error until Adam multiplies them by 2 / (N · D).
-Where several processes have tokens of their own, gradients do reach memory, in the dtype of products: they are added up
-over processes before Adam reads them. What lies between two such sums can be a graph of its own.
+Where several processes have tokens of their own, each steps its share of the features, and gives the others the copies
+that products read (ZeRO, Rajbhandari et al. 2020, stage 1). The gradients of others' features reach memory, in the
+dtype of products, to be sent. NCCL's exchanges are part of the graphs.
 Legend: N tokens, D width, F features, M dead features.
 """
 
@@ -30,7 +31,7 @@ if find_spec("triton") is not None:
     from fluxsae.sae.auxiliary import AuxiliaryLoss, AuxiliaryPass
     from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, scalars, selection
     from fluxsae.sae.kernels.feature_lists import FeatureLists
-    from fluxsae.sae.kernels.row_updates import AdamState, UnitRows
+    from fluxsae.sae.kernels.row_updates import AdamState, Auxiliary, UnitRows
 
 SPARSE_UP_TO = 128
 """The largest k for which gathering rows beats matrix products (measured on an H100 at D = 3072, F = 12288)."""
@@ -98,6 +99,9 @@ def why_not_fused(sae: SAE, trainer: Trainer) -> str | None:
         f"the precision is {trainer.precision} and not bf16-mixed": trainer.precision == "bf16-mixed",
         f"there are {trainer.world_size} processes whose gradients do not travel as bf16": trainer.world_size == 1
         or (isinstance(trainer.strategy, OneAllReduce) and trainer.strategy.compress),
+        f"{trainer.world_size} processes cannot share {sae.n_features} features evenly": not (
+            sae.n_features % trainer.world_size
+        ),
         "gradients are accumulated over batches": trainer.accumulate_grad_batches == 1,
         "the Trainer clips gradients": not trainer.gradient_clip_val,
     }
@@ -108,9 +112,9 @@ class FusedStep:
     """Training steps of one SAE: `forward`, then `update`, for each batch.
 
     Between steps the decoder's rows may be off unit length by what one step of Adam changes; `settle` makes them exact,
-    and must be called before anyone else reads or writes the weights. With several `processes` all make the same steps,
-    by the average of what their own tokens say. With `fp8_encoder` pre-activations are products of fp8 numbers, and
-    gradients pass straight through the rounding to these.
+    and must be called before anyone else reads or writes the weights, or reads Adam's moments. With several `processes`
+    a step is by the average of what their own tokens say, and all of them must `settle` together. With `fp8_encoder`
+    pre-activations are products of fp8 numbers, and gradients pass straight through the rounding to these.
     """
 
     def __init__(self, sae: SAE, settings: Settings, processes: Processes = ALONE) -> None:
@@ -128,9 +132,9 @@ class FusedStep:
         self.enc_low = sae.W_enc.detach().to(settings.dtype) if self.enc_fp8 is None else self.enc_fp8.values
         self.dec_low = sae.W_dec.detach().to(settings.dtype)
         self.row_scale = torch.ones(sae.n_features, device=device)
-        together = processes.n > 1
-        n_tiles = row_updates.n_tiles(sae.d_in) if self.sparse and not together else 1
-        self.squares = torch.empty(n_tiles, sae.n_features, device=device)
+        self.own = processes.share(sae.n_features)
+        n_tiles = row_updates.n_tiles(sae.d_in) if self.sparse else 1
+        self.squares = torch.empty(n_tiles, self.own.stop - self.own.start, device=device)
         self.lr = torch.zeros((), device=device)
         self.penalty = torch.zeros((), device=device)
         self.updates = torch.tensor([0, -1], device=device)
@@ -138,8 +142,11 @@ class FusedStep:
         self._buffers: dict[str, Tensor] = {}
         self._x_fp8: Scaled | None = None
         self._until_fitted = 0
-        self._kept: dict[tuple[str, torch.Size], Tensor] = {}
-        self._graphs = Graphs(settings.graphs and device.type == "cuda")
+        self._kept: dict[str, Tensor] = {}
+        self._coming: list[Any] = []  # decoder rows that other processes stepped
+        self._states: _States | None = None
+        self._seen: _Seen
+        self._graphs = Graphs(settings.graphs and device.type == "cuda" and processes.recordable)
         self._found: Any = None
 
     @torch.no_grad()
@@ -157,20 +164,12 @@ class FusedStep:
         columns.centre(tokens, sae.mean, sae.scale, sae.b_dec, self.x, copy, x_fp8)
         self.penalty.fill_(penalty / 2)
         self._key = (len(tokens), self._aux.set_features(dead))
-        explain, differentiate = (
-            (self._explain_sparse, self._differentiate_sparse)
-            if self.sparse
-            else (self._explain_dense, self._differentiate_dense)
+        encode, explain = (
+            (self._encode_sparse, self._explain_sparse) if self.sparse else (self._encode_dense, self._explain_dense)
         )
-        if self.processes.n == 1:
-            self._found = self._graphs.run(("forward", *self._key), lambda: differentiate(explain(), None))
-        else:
-            explained = self._graphs.run(("explain", *self._key), explain)
-            lengths = self.processes.total(explained.lengths)
-            mean_length = self._keep("mean length", lengths[0] / lengths[1])
-            self._found = self._graphs.run(
-                ("forward", *self._key), lambda: differentiate(explained, mean_length), reads=explained
-            )
+        encoded = self._graphs.run(("encode", *self._key), encode)
+        self._arrive()
+        self._found = self._graphs.run(("explain", *self._key), lambda: explain(encoded), reads=encoded)
         return self.outcome
 
     @property
@@ -179,6 +178,11 @@ class FusedStep:
         outcome: Outcome = self._found.outcome
         return outcome
 
+    @property
+    def seen(self) -> tuple[Tensor, Tensor | int]:
+        """After an update: on how many tokens of all processes each feature fired, and how many there were."""
+        return self._seen
+
     def variance_explained(self) -> Float[Tensor, ""]:
         """The FVE of the last batch, against the batch's own channel means."""
         return 1 - self.outcome.mse / self.x.float().var(dim=0, correction=0).mean()
@@ -186,12 +190,13 @@ class FusedStep:
     @torch.no_grad()
     def update(self, optimizer: Adam, lr: float) -> None:
         """Adam's step on the SAE's weights, moments in `optimizer`'s state; nothing where the loss was not finite."""
-        states = _adam_states(optimizer, self.sae)
+        states = self._states = _adam_states(optimizer, self.sae)
         self.lr.fill_(lr)
-        if self.processes.n == 1:
-            self._graphs.run(("update", *self._key), lambda: self._update_alone(states), reads=self._found)
-        else:
-            self._update_together(states)
+        alone = self.processes.n == 1
+        step = partial(self._update_alone if alone else self._update_together, states)
+        self._seen = self._graphs.run(("update", *self._key), step, reads=self._found)
+        if not alone:  # they may still come while the next tokens are encoded
+            self._coming = [self.processes.spread(rows) for rows in (self.dec_low, self.row_scale)]
 
     def steps_since_bad(self) -> int | None:
         """How many updates ago a loss was not finite for the first time. Waits for the device."""
@@ -200,7 +205,10 @@ class FusedStep:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Bring the decoder's rows to unit length, and round the copies anew."""
+        """Bring the decoder's rows to unit length, and round the copies anew; all processes get all rows."""
+        self._arrive()
+        if self._states is not None:
+            self._spread(self.sae.W_enc, self.sae.W_dec, *self._states.W_enc, *self._states.W_dec)
         self.sae.W_dec.mul_(self.row_scale[:, None])
         self.row_scale.fill_(1.0)
         self.dec_low.copy_(self.sae.W_dec)
@@ -208,9 +216,21 @@ class FusedStep:
         if self.enc_fp8 is None:
             self.enc_low.copy_(self.sae.W_enc)
 
+    def _spread(self, *shared: Tensor) -> None:
+        """Give each process's features to all."""
+        if self.processes.n > 1:
+            for work in [self.processes.spread(rows.detach()) for rows in shared]:
+                work.wait()
+
+    def _arrive(self) -> None:
+        """What the device does from here on it does with the decoder rows that other processes stepped."""
+        while self._coming:
+            self._coming.pop().wait()
+
     def _fit_fp8(self, tokens: Float[Tensor, "N D"]) -> None:
         """Look how large weights and tokens are, and round the weights anew."""
         assert self.enc_fp8 is not None and self._x_fp8 is not None
+        self._spread(self.sae.W_enc)
         columns.centre(tokens, self.sae.mean, self.sae.scale, self.sae.b_dec, self.x)
         self._x_fp8.fit(self.x)
         self.enc_fp8.fit(self.sae.W_enc)
@@ -225,75 +245,69 @@ class FusedStep:
             return torch.mm(self.x, self.enc_low.T, out=out)
         return torch.addmm(bias, self.x, self.enc_low.T, out=out)
 
-    def _explain_sparse(self) -> _Explained:
+    def _encode_sparse(self) -> _Encoded:
         sae, n = self.sae, len(self.x)
         assert isinstance(sae, TopK)
         pre = self._pre_acts(self._buffers["pre"][:n])
         values, indices = torch.empty(n, sae.k, device=pre.device), pre.new_empty(n, sae.k, dtype=torch.int32)
         selection.select(pre, sae.b_enc, values, indices)
+        return _Encoded(values, self._aux.codes(pre, sae.b_enc), indices)
+
+    def _explain_sparse(self, encoded: _Encoded) -> _Found:
+        sae, n, (values, aux_codes, indices) = self.sae, len(self.x), encoded
+        assert indices is not None
         error = self._buffers["error"][:n]
-        slopes = values.new_empty(decoding.n_tiles(sae.d_in), n, sae.k)
+        slopes = values.new_empty(decoding.n_tiles(sae.d_in), *values.shape)
         squares = values.new_empty(len(slopes), n)
         decoding.explain(values, indices, self.dec_low, self.row_scale, self.x, error, slopes, squares)
-        aux_codes = self._aux.codes(pre, sae.b_enc)
-        return _Explained(error, squares, self._lengths(squares), aux_codes, slopes, values, indices)
-
-    def _differentiate_sparse(self, explained: _Explained, mean_length: Tensor | None) -> _Found:
-        sae, error = self.sae, explained.error
-        assert explained.indices is not None
-        weighed = self._weigh(explained, mean_length)
-        lists = feature_lists.list_by_feature(
-            explained.codes, explained.indices, explained.slopes, weighed.weights, sae.n_features
-        )
+        weighed = self._weigh(error, squares)
+        lists = feature_lists.list_by_feature(values, indices, slopes, weighed.weights, sae.n_features)
         along, bias = torch.empty(2, sae.n_features, device=error.device).unbind()
         row_updates.feature_sums(lists, along, bias)
-        aux = self._explain_dead(explained.aux_codes, error, weighed, along, bias)
-        outcome = Outcome(aux.loss, weighed.mse, lists.counts, len(error))
+        aux = self._explain_dead(aux_codes, error, weighed, along, bias)
+        outcome = Outcome(aux.loss, weighed.mse, lists.counts, n)
         return _Found(outcome, error, along, bias, aux, lists=lists)
 
-    def _explain_dense(self) -> _Explained:
+    def _encode_dense(self) -> _Encoded:
         sae, n = self.sae, len(self.x)
         codes = self._buffers["codes"][:n]
-        slopes = self._buffers["pre"][:n]
         bias = sae.b_enc.to(codes.dtype)
         if isinstance(sae, TopK):
-            selection.keep_largest(self._pre_acts(slopes, bias), codes, sae.k)
-            aux_codes = self._aux.codes(slopes)  # before slopes take the pre-activations' place
+            pre = self._pre_acts(self._buffers["pre"][:n], bias)
+            selection.keep_largest(pre, codes, sae.k)
+            return _Encoded(codes, self._aux.codes(pre))
+        if self.enc_fp8 is not None:
+            self._pre_acts(codes, bias).relu_()
         else:
-            if self.enc_fp8 is not None:
-                self._pre_acts(codes, bias).relu_()
-            else:
-                torch._addmm_activation(bias, self.x, self.enc_low.T, use_gelu=False, out=codes)  # ReLU in the epilogue
-            aux_codes = self._aux.codes(codes)  # a code's ReLU is the code
+            torch._addmm_activation(bias, self.x, self.enc_low.T, use_gelu=False, out=codes)  # ReLU in the epilogue
+        return _Encoded(codes, self._aux.codes(codes))  # a code's ReLU is the code
+
+    def _explain_dense(self, encoded: _Encoded) -> _Found:
+        sae, n, (codes, aux_codes, _) = self.sae, len(self.x), encoded
         error = self._buffers["error"][:n]  # which holds x until now
         error.addmm_(codes, self.dec_low, beta=-1)
         squares = torch.empty(1, n, device=error.device)
         columns.squared_lengths(error, squares[0])
-        return _Explained(error, squares, self._lengths(squares), aux_codes, slopes, codes)
-
-    def _differentiate_dense(self, explained: _Explained, mean_length: Tensor | None) -> _Found:
-        sae, error, codes, slopes = self.sae, explained.error, explained.codes, explained.slopes
-        weighed = self._weigh(explained, mean_length)
+        weighed = self._weigh(error, squares)
+        slopes = self._buffers["pre"][:n]
         torch.mm(error, self.dec_low.T, out=slopes)
         along, bias, fired, total = columns.mask_slopes(codes, slopes, self.penalty).unbind()
-        aux = self._explain_dead(explained.aux_codes, error, weighed, along, bias)
+        aux = self._explain_dead(aux_codes, error, weighed, along, bias)
         loss = aux.loss
         if isinstance(sae, L1):
-            loss = scalars.add_penalty(loss, total, self.penalty, 2 / (len(error) * sae.d_in))
-        outcome = Outcome(loss, weighed.mse, fired, len(error))
-        return _Found(outcome, error, along, bias, aux, codes=codes, slopes=slopes)
+            loss = scalars.add_penalty(loss, total, self.penalty, 2 / (n * sae.d_in))
+        return _Found(Outcome(loss, weighed.mse, fired, n), error, along, bias, aux, codes=codes, slopes=slopes)
 
-    def _lengths(self, squares: Tensor) -> Float[Tensor, "2"] | None:
-        """The errors' lengths added up, and their number, where other processes have more of them."""
-        if self.processes.n == 1:
-            return None
-        lengths = squares.sum(dim=0).sqrt_()
-        return torch.stack([lengths.sum(), torch.ones_like(lengths).sum()])
-
-    def _weigh(self, explained: _Explained, mean_length: Tensor | None) -> scalars.Weighed:
-        """The tokens' weights, by which errors are multiplied; `mean_length` is that of all processes' errors."""
-        weighed = scalars.weigh_tokens(explained.squares, self.settings.clip_tokens, self.sae.d_in, mean_length)
-        columns.weigh(explained.error, weighed.weights)
+    def _weigh(self, error: Float[Tensor, "N D"], squares: Float[Tensor, "P N"]) -> scalars.Weighed:
+        """The tokens' weights, from parts of their errors' squared lengths; multiplies the errors by them."""
+        mean_length = None
+        if self.processes.n > 1:
+            lengths = squares.sum(dim=0).sqrt_()
+            sums = torch.stack([lengths.sum(), torch.ones_like(lengths).sum()])
+            self.processes.add_up(sums).wait()
+            mean_length = sums[0] / sums[1]
+        weighed = scalars.weigh_tokens(squares, self.settings.clip_tokens, self.sae.d_in, mean_length)
+        columns.weigh(error, weighed.weights)
         return weighed
 
     def _explain_dead(
@@ -301,14 +315,14 @@ class FusedStep:
     ) -> AuxiliaryLoss:
         return self._aux.loss(codes, self.x, error, weighed, self.dec_low, self.row_scale, along, bias)
 
-    def _update_alone(self, states: _States) -> None:
+    def _update_alone(self, states: _States) -> _Seen:
         found, betas = self._found, self.settings.betas
         hyper = self._factors(found.outcome.loss, states, 2 / (len(self.x) * self.sae.d_in))
         b_dec = self._b_dec_gradient(found)  # by the encoder as it was
-        enc, dec, unit = *self._weights(states), self._unit(found.along)
+        (enc, dec), unit = self._weights(states), self._unit(found.along)
         if found.lists is not None:
             lists = found.lists
-            pieces = self.x.new_empty(len(lists.owners), self.sae.d_in, dtype=torch.float32)
+            pieces = self._pieces(lists)
             for state, weights, source, rows, aux in (
                 (enc, lists.slopes, self.x, None, found.aux.enc),
                 (dec, lists.values, found.error, unit, found.aux.dec),
@@ -321,61 +335,81 @@ class FusedStep:
             torch.mm(found.codes.T, found.error, out=gradient)
             row_updates.update_given(dec, gradient, hyper, betas, unit, found.aux.dec)
         self._finish(states, hyper, found.aux.bias, b_dec)
+        return _Seen(found.outcome.fired, found.outcome.n_tokens)
 
-    def _update_together(self, states: _States) -> None:
-        """Adam's step by the sums over processes; one gradient travels while the next is made or the last is used."""
-        run, key, found = self._graphs.run, self._key, self._found
-        sums = run(("sums", *key), self._sums, reads=found)
-        total = _Sums(*(self._keep(f"sums {i}", self.processes.total(one)) for i, one in enumerate(sums)))
-        sent = []
-        for name in ("W_enc", "W_dec"):
-            gradient = run((name, *key), partial(self._gradient, name), reads=found)
-            sent.append((gradient, self.processes.add_up(gradient)))
-        (enc, enc_sent), (dec, dec_sent) = sent
-        enc_sent.wait()
-        hyper = run(("step W_enc", *key), lambda: self._step_encoder(states, total, enc))
-        dec_sent.wait()
-        run(("step W_dec", *key), lambda: self._step_decoder(states, total, dec, hyper), reads=hyper)
+    def _update_together(self, states: _States) -> _Seen:
+        """Adam's step on this process's share; what is made travels while the next is made or the last is used."""
+        found, (enc, dec) = self._found, self._weights(states)
+        sums, rows = self._sums()
+        arriving = [self.processes.add_up(one) for one in (sums, rows)]
+        enc_gradient, dec_gradient = (self._send_others(name) for name in ("W_enc", "W_dec"))
+        for work in arriving:
+            work.wait()
+        n = self.sae.n_features
+        fired, n_tokens, loss, along, b_enc, b_dec = sums.split([n, 1, 1, n, n, self.sae.d_in])
+        hyper = self._factors(loss[0], states, 2 / (self.processes.n * self.sae.d_in))
+        self._step_own(enc, enc_gradient, hyper, None, self._own_rows(found.aux.enc, rows[0]))
+        arriving = [self.processes.spread(self.enc_low)]
+        self._step_own(dec, dec_gradient, hyper, self._unit(along), self._own_rows(found.aux.dec, rows[1]))
+        self._finish(states, hyper, b_enc, b_dec)
+        arriving[0].wait()
+        return _Seen(fired, n_tokens[0].long())
 
-    def _sums(self) -> _Sums:
-        """What other processes' tokens add to, beside the gradients of weights, a token."""
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        """What is added up over processes beside the weights' gradients.
+
+        One behind the other: tokens that each feature fired on, all tokens, the loss, gradients along decoder rows, of
+        b_enc and b_dec; and the auxiliary rows of both weights. All but numbers of tokens are means over tokens.
+        """
         found, share = self._found, 1 / len(self.x)
-        short = torch.cat([found.outcome.loss[None], found.along, found.aux.bias, self._b_dec_gradient(found)])
+        counts = found.outcome.fired, torch.full_like(found.outcome.loss[None], len(self.x))
+        means = torch.cat([found.outcome.loss[None], found.along, found.aux.bias, self._b_dec_gradient(found)]) * share
         enc, dec = found.aux.enc, found.aux.dec
         rows = found.along.new_empty(2, 0, self.sae.d_in)
         if enc is not None and dec is not None:
-            rows = torch.stack([enc.gradient, dec.gradient])
-        return _Sums(short * share, rows * share)
+            rows = torch.stack([enc.gradient, dec.gradient]) * share
+        return torch.cat([*counts, means]), rows
 
-    def _gradient(self, name: str) -> Float[Tensor, "F D"]:
-        """The gradient of a weight a token, always in the same place."""
+    def _send_others(self, name: str) -> _Gradient:
+        """Make and send the gradient, a token, of the features that other processes step; what those send comes."""
         found, share = self._found, 1 / len(self.x)
-        gradient = self._place(name, self.dec_low)
-        right = self.x if name == "W_enc" else found.error
+        everyone = self._place(f"gradient of {name}", self.dec_low)  # and zeros for this process's own
+        from_others = self._place(f"others' gradient of {name}", self.dec_low[self.own])
+        source = self.x if name == "W_enc" else found.error
         if (lists := found.lists) is not None:
-            weights = lists.slopes if name == "W_enc" else lists.values
-            pieces = self.x.new_empty(len(lists.owners), self.sae.d_in, dtype=torch.float32)
-            row_updates.sum_pieces(lists, weights, right, pieces)
-            row_updates.gather(lists, weights, right, pieces, share, gradient)
+            factors, pieces = lists.slopes if name == "W_enc" else lists.values, self._pieces(lists)
+            row_updates.sum_pieces(lists, factors, source, pieces)
+            row_updates.gather(lists, factors, source, pieces, share, everyone, self.own)
         else:
-            left = found.slopes if name == "W_enc" else found.codes
-            torch.addmm(gradient, left.T, right, beta=0, alpha=share, out=gradient)
-        return gradient
+            factors, pieces = found.slopes if name == "W_enc" else found.codes, None
+            for others in (slice(self.own.start), slice(self.own.stop, None)):
+                out = everyone[others]
+                torch.addmm(out, factors[:, others].T, source, beta=0, alpha=share, out=out)
+        sent = self.processes.add_up_share(everyone, from_others)
+        return _Gradient(factors, source, pieces, from_others, sent)
 
-    def _step_encoder(self, states: _States, total: _Sums, gradient: Tensor) -> Float[Tensor, "5"]:
-        """What `adam_factors` returns, of the step that is made."""
-        hyper = self._factors(total.short[0], states, 2 / (self.processes.n * self.sae.d_in))
-        aux = None if self._found.aux.enc is None else self._found.aux.enc._replace(gradient=total.rows[0])
-        row_updates.update_given(self._weights(states)[0], gradient, hyper, self.settings.betas, None, aux)
-        return hyper
+    def _step_own(
+        self, state: AdamState, gradient: _Gradient, hyper: Tensor, unit: UnitRows | None, aux: Auxiliary | None
+    ) -> None:
+        """Adam's step on the features that this process steps, of what its own tokens say and what others sent."""
+        betas, share = self.settings.betas, 1 / len(self.x)
+        factors, source, pieces, from_others, sent = gradient
+        sent.wait()
+        if pieces is not None:
+            lists = self._found.lists
+            own = lists._replace(**{name: getattr(lists, name)[self.own] for name in ("counts", "starts", "pieces")})
+            row_updates.update_gathered(
+                state, own, factors, source, pieces, hyper, betas, unit, aux, factor=share, others=from_others
+            )
+        else:
+            from_others.addmm_(factors[:, self.own].T, source, alpha=share)
+            row_updates.update_given(state, from_others, hyper, betas, unit, aux)
 
-    def _step_decoder(self, states: _States, total: _Sums, gradient: Tensor, hyper: Tensor) -> None:
-        n_features = self.sae.n_features
-        _, along, bias, b_dec = total.short.split([1, n_features, n_features, self.sae.d_in])
-        aux = None if self._found.aux.dec is None else self._found.aux.dec._replace(gradient=total.rows[1])
-        dec, unit = self._weights(states)[1], self._unit(along)
-        row_updates.update_given(dec, gradient, hyper, self.settings.betas, unit, aux)
-        self._finish(states, hyper, bias, b_dec)
+    def _own_rows(self, aux: Auxiliary | None, gradient: Tensor) -> Auxiliary | None:
+        return aux and Auxiliary(aux.row_of[self.own], gradient)
+
+    def _pieces(self, lists: FeatureLists) -> Float[Tensor, "R D"]:
+        return self.x.new_empty(len(lists.owners), self.sae.d_in, dtype=torch.float32)
 
     def _b_dec_gradient(self, found: _Found) -> Float[Tensor, "D"]:
         through = columns.column_sums(self.enc_low, found.bias)
@@ -388,33 +422,32 @@ class FusedStep:
         return scalars.adam_factors(loss, self.lr, states.steps, self.updates, settings.betas, factor, settings.eps)
 
     def _weights(self, states: _States) -> tuple[AdamState, AdamState]:
-        """W_enc and W_dec, for Adam."""
-        enc_scale = None if self.enc_fp8 is None else self.enc_fp8.scale
-        return (
-            AdamState(self.sae.W_enc, *states.W_enc, self.enc_low, enc_scale),
-            AdamState(self.sae.W_dec, *states.W_dec, self.dec_low),
+        """The features of W_enc and W_dec that this process steps, for Adam."""
+        enc, dec = (
+            AdamState(weight[self.own], moments[0][self.own], moments[1][self.own], low[self.own])
+            for weight, moments, low in (
+                (self.sae.W_enc, states.W_enc, self.enc_low),
+                (self.sae.W_dec, states.W_dec, self.dec_low),
+            )
         )
+        return (enc if self.enc_fp8 is None else enc._replace(low_scale=self.enc_fp8.scale)), dec
 
     def _unit(self, along: Tensor) -> UnitRows:
-        return UnitRows(self.row_scale, along, self.squares)
+        return UnitRows(self.row_scale[self.own], along[self.own], self.squares)
 
     def _finish(self, states: _States, hyper: Tensor, b_enc: Tensor, b_dec: Tensor) -> None:
         """Note how long the decoder's rows are now, and step the biases."""
-        row_updates.unit_scale(self.squares, self.row_scale, hyper)
+        row_updates.unit_scale(self.squares, self.row_scale[self.own], hyper)
         for bias, gradient, moments in ((self.sae.b_enc, b_enc, states.b_enc), (self.sae.b_dec, b_dec, states.b_dec)):
             rounded = torch.empty_like(bias)
             state = AdamState(*(t.view(1, -1) for t in (bias.detach(), *moments, rounded)))
             row_updates.update_given(state, gradient.view(1, -1), hyper, self.settings.betas)
 
-    def _keep(self, name: str, value: Tensor) -> Tensor:
-        """A copy that lies where the last of this name and shape did, for graphs to read."""
-        return self._place(name, value).copy_(value)
-
     def _place(self, name: str, like: Tensor) -> Tensor:
-        """Memory of this name and shape, always the same."""
-        if (name, like.shape) not in self._kept:
-            self._kept[name, like.shape] = torch.empty_like(like)
-        return self._kept[name, like.shape]
+        """Memory of this name, always the same, at first of zeros."""
+        if name not in self._kept:
+            self._kept[name] = torch.zeros_like(like)
+        return self._kept[name]
 
     def _make_room(self, n_tokens: int) -> None:
         """Make buffers for as many tokens: before a pass, as recorded graphs write to those that there were."""
@@ -451,6 +484,7 @@ def disagreement(
     sae.remove_parallel_gradient()
     outcome = step.forward(tokens, dead, penalty)
     step.update(optimizer, 0.0)
+    step.settle()
     checks = {"loss": (outcome.loss, loss.detach(), 0.03)}
     for name, parameter in sae.named_parameters():
         state = optimizer.state[parameter]
@@ -467,26 +501,27 @@ def disagreement(
     return None
 
 
-class _Explained(NamedTuple):
-    """The first half of a forward pass: codes, of a sparse one with the features that they are of, and errors.
+class _Encoded(NamedTuple):
+    """Codes and those of dead features; of a sparse pass also the features that the codes are of."""
 
-    `slopes` are those of codes in a sparse pass; in a dense one it is where they will be.
-    """
-
-    error: Tensor
-    squares: Tensor
-    lengths: Tensor | None
-    aux_codes: Tensor | None
-    slopes: Tensor
     codes: Tensor
+    aux_codes: Tensor | None
     indices: Tensor | None = None
 
 
-class _Sums(NamedTuple):
-    """The loss, gradients along decoder rows, of b_enc and of b_dec in one; the auxiliary rows of both weights."""
+class _Gradient(NamedTuple):
+    """What a weight's gradient is made of: factors of tokens or errors, pieces of sparse sums, others' sums to come."""
 
-    short: Tensor
-    rows: Tensor
+    factors: Tensor
+    source: Tensor
+    pieces: Tensor | None
+    from_others: Tensor
+    sent: Any
+
+
+class _Seen(NamedTuple):
+    fired: Tensor
+    n_tokens: Tensor | int
 
 
 class _Found(NamedTuple):

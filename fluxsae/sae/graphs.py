@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ class Graphs:
     """
 
     def __init__(self, enabled: bool) -> None:
+        _all.add(self)
         self.enabled = enabled
         self._seen: set[Any] = set()
         self._recorded: dict[Any, _Recording] = {}
@@ -52,6 +54,15 @@ class Graphs:
         self._pool = graph.pool()
         self._recorded[key] = _Recording(graph, result, reads)
         return self._recorded[key]
+
+
+def clear_all() -> None:
+    """Forget all recordings of everyone."""
+    for graphs in _all:
+        graphs.clear()
+
+
+_all: weakref.WeakSet[Graphs] = weakref.WeakSet()
 
 
 class _Recording(NamedTuple):

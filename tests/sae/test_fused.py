@@ -12,12 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fluxsae.processes import Processes
 from fluxsae.sae import L1, SAE, TopK, auxiliary
 from fluxsae.sae import fused as fused_step
 from fluxsae.sae.dead import aux_error
 from fluxsae.sae.fp8 import straight_through
-from fluxsae.sae.fused import ALONE, FusedStep, Settings
+from fluxsae.sae.fused import FusedStep, Settings
 from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, scalars, selection
 from fluxsae.sae.objective import squared_errors, token_weights
 from tests.synthetic import randomised
@@ -266,49 +265,6 @@ def test_a_step_is_autograds(sae: SAE, n_tokens: int) -> None:
     again = fused.forward(tokens, dead, penalty)
     assert torch.equal(again.fired.float(), (codes > 0).sum(dim=0).float())
     assert float(again.l0) == pytest.approx(float((codes > 0).sum(dim=1).float().mean()))
-
-
-class Done:
-    def wait(self) -> None:
-        pass
-
-
-class Twins(Processes):
-    """This process, and another one that sees the same tokens."""
-
-    def total(self, sums: Tensor) -> Tensor:
-        return 2 * sums
-
-    def add_up(self, sums: Tensor) -> Done:  # type: ignore[override]
-        sums.mul_(2)
-        return Done()
-
-
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize(
-    "sae", [TopK(20, 12, 3), L1(20, 24, 0.5), TopK(16, 24, 10)], ids=["sparse", "L1", "dense TopK"]
-)
-def test_twin_processes_make_the_steps_of_one(sae: SAE, graphs: bool) -> None:
-    """As often as a graph is recorded and replayed, on a GPU; with other numbers of tokens and dead features."""
-    settings = Settings(clip_tokens=1.5, aux_k=3, aux_coef=1 / 8, dtype=torch.float32, graphs=graphs)
-    randomised(sae)
-    saes = [copy.deepcopy(sae).to(DEVICE) for _ in range(2)]
-    steps = [
-        FusedStep(one, settings, processes) for one, processes in zip(saes, (ALONE, Twins(0, 2, None)), strict=True)
-    ]
-    optimizers = [torch.optim.Adam(one.parameters(), fused=True) for one in saes]
-    generator = torch.Generator().manual_seed(0)
-    for step in range(12 if graphs and DEVICE == "cuda" else 4):
-        tokens = 1 + 2 * torch.randn(18 - step % 2, sae.d_in, generator=generator).to(DEVICE)
-        tokens[3] *= 30
-        dead = torch.randperm(sae.n_features, generator=generator)[: 3 * (step % 4 // 2)].to(DEVICE)
-        for fused, optimizer in zip(steps, optimizers, strict=True):
-            fused.forward(tokens, dead, 0.3 * isinstance(sae, L1))
-            fused.update(optimizer, 0.01)
-    for fused in steps:
-        fused.settle()
-    for (name, ours), theirs in zip(saes[1].named_parameters(), saes[0].parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=2e-4), name
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there, fp8 products with a bias are bf16")

@@ -88,12 +88,14 @@ def update_gathered(
     betas: tuple[float, float],
     unit: UnitRows | None = None,
     aux: Auxiliary | None = None,
+    factor: float = 1.0,
+    others: Float[Tensor, "F D"] | None = None,
 ) -> None:
-    """Adam's step with the gradient hyper[2] · (Σ weights · source[tokens] + auxiliary rows), tile by tile of channels.
+    """Adam's step with the gradient hyper[2] · (factor · Σ weights · source[tokens] + auxiliary rows + others).
 
-    `hyper` is what `adam_factors` returns.
+    It goes tile by tile of channels. `hyper` is what `adam_factors` returns.
     """
-    _launch(state, lists, weights, source, pieces, source, hyper, betas, unit, aux, TILE, 1, gather=True)
+    _launch(state, lists, weights, source, pieces, others, hyper, betas, unit, aux, factor, TILE, 1)
 
 
 def gather(
@@ -103,13 +105,17 @@ def gather(
     pieces: Float[Tensor, "R D"],
     factor: float,
     gradient: Float[Tensor, "F D"],
+    own: slice,
 ) -> None:
-    """Write factor · Σ weights · source[tokens]: what `update_gathered` makes and uses, for who sends it around."""
-    n_features, d_in = gradient.shape
+    """Write factor · Σ weights · source[tokens] for who sends it around; rows within `own` stay as they are."""
+    n_own = own.stop - own.start
+    n_features, d_in = len(gradient) - n_own, gradient.shape[1]
     block = min(TILE, triton.next_power_of_2(d_in))
+    if n_features == 0:
+        return
     _gather[(n_features * triton.cdiv(d_in, block),)](
         *(lists.tokens, weights, lists.counts, lists.starts, lists.pieces, source, pieces, gradient),
-        *(n_features, d_in, factor),
+        *(n_features, d_in, factor, own.start, n_own),
         PIECE=PIECE,
         ROWS=_ROWS,
         BLOCK=block,
@@ -128,7 +134,7 @@ def update_given(
     """Adam's step with the gradient hyper[2] · (gradient + auxiliary rows); unit rows are done whole."""
     tile = triton.next_power_of_2(state.weight.shape[1]) if unit is not None else TILE
     num_warps = max(2, min(16, tile // 512))
-    _launch(state, None, None, None, None, gradient, hyper, betas, unit, aux, tile, num_warps, gather=False)
+    _launch(state, None, None, None, None, gradient, hyper, betas, unit, aux, 1.0, tile, num_warps)
 
 
 def _launch(
@@ -137,15 +143,14 @@ def _launch(
     weights: Tensor | None,
     source: Tensor | None,
     pieces: Tensor | None,
-    gradient: Tensor,
+    gradient: Tensor | None,
     hyper: Tensor,
     betas: tuple[float, float],
     unit: UnitRows | None,
     aux: Auxiliary | None,
+    factor: float,
     tile: int,
     num_warps: int,
-    *,
-    gather: bool,
 ) -> None:
     n_features, d_in = state.weight.shape
     block = min(tile, triton.next_power_of_2(d_in))
@@ -157,9 +162,9 @@ def _launch(
         *(tokens, weights, counts, starts, first_piece, source, pieces, gradient, hyper),
         *(unit if unit is not None else (None, None, None)),
         *(aux if aux is not None else (None, None)),
-        *(n_features, d_in),
+        *(n_features, d_in, factor),
         *(1 - beta for beta in betas),
-        GATHER=gather,
+        GATHER=lists is not None,
         UNIT=unit is not None,
         WHOLE=block >= d_in,
         AUX=aux is not None,
@@ -262,11 +267,14 @@ def _gather(
     n_features,
     d_in,
     FACTOR,
+    own_start,
+    n_own,
     PIECE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     f = tl.program_id(0) % n_features
+    f += tl.where(f >= own_start, n_own, 0)
     d = tl.program_id(0) // n_features * BLOCK + tl.arange(0, BLOCK)
     total = _sum_list(tokens, weights, counts, starts, first_piece, source, pieces, f, d, d_in, PIECE, ROWS, BLOCK)
     total *= FACTOR
@@ -327,6 +335,7 @@ def _update(
     aux_gradient,
     n_features,
     d_in,
+    FACTOR,
     RATE1,
     RATE2,
     GATHER: tl.constexpr,
@@ -345,6 +354,9 @@ def _update(
     if tl.load(hyper + 3) > 0:
         if GATHER:
             g = _sum_list(tokens, weights, counts, starts, first_piece, source, pieces, f, d, d_in, PIECE, ROWS, BLOCK)
+            g *= FACTOR
+            if gradient is not None:
+                g += tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         else:
             g = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
         if AUX:

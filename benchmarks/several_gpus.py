@@ -1,7 +1,8 @@
 """How much faster do two GPUs train an SAE than one? `python -m benchmarks.several_gpus --json FILE`.
 
 Tokens lie in each GPU's memory, so that no disk counts. Two GPUs either see tokens of their own, or share the features
-of a wider SAE and see the same ones. Without GPUs, gloo and tiny sizes show that all of it runs; then the times mean
+of a wider SAE and see the same ones. Steps are timed fifty at a time, with what a training logs and checks every fifty
+steps; the median counts. Without GPUs, gloo and tiny sizes show that all of it runs; then the times mean
 nothing.
 """
 
@@ -9,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +31,7 @@ from fluxsae.processes import OneAllReduce
 from fluxsae.sae import TopK
 from fluxsae.training import SAETraining
 
-WARM_UP = 10
+WINDOW = 50
 
 
 class Case(NamedTuple):
@@ -63,17 +66,21 @@ class Resident(IterableDataset[Tensor]):
 
 
 class Clock(Callback):
-    """Times the steps after the first ten, and feeds the training."""
+    """Times windows of steps, after a first one that does not count, when kernels are new."""
 
-    def __init__(self, n_steps: int) -> None:
-        self.n_steps = n_steps
-        self.seconds = 0.0
+    def __init__(self) -> None:
+        self.times: list[float] = []
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step in (WARM_UP, WARM_UP + self.n_steps):
+        if trainer.global_step % WINDOW == WINDOW // 2:  # far from what is done every fifty steps
             if trainer.strategy.root_device.type == "cuda":
                 torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.seconds
+            self.times.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return statistics.median(b - a for a, b in pairwise(self.times[1:])) / WINDOW
 
 
 class Training(SAETraining):
@@ -104,14 +111,14 @@ def measure(case: Case, options: argparse.Namespace) -> None:
         "features": lambda: ModelParallelStrategy(1, case.n_gpus, save_distributed_checkpoint=False),
     }
     torch.manual_seed(0)
-    clock = Clock(options.steps)
+    clock = Clock()
     on_gpu = options.device == "cuda"
     trainer = Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         precision="bf16-mixed" if on_gpu else "32-true",
         devices=case.n_gpus,
         strategy=strategies[case.share](),
-        max_steps=WARM_UP + options.steps + 1,
+        max_steps=WINDOW * (options.windows + 2),
         callbacks=[StopsWhereItCanGoOn(), clock],
         limit_val_batches=0,
         logger=False,
@@ -123,7 +130,7 @@ def measure(case: Case, options: argparse.Namespace) -> None:
         trainer.fit(Training(options.batch, TopK(options.d_in, case.n_features, options.k), case.fused))
     if trainer.is_global_zero:
         shares = case.n_gpus if case.share == "tokens" else 1
-        options.leave.write_text(json.dumps(options.batch * shares * options.steps / clock.seconds))
+        options.leave.write_text(json.dumps(options.batch * shares / clock.seconds))
 
 
 def compare(options: argparse.Namespace) -> Iterator[Result]:
@@ -177,7 +184,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--share", choices=share, nargs="+", default=share, help="what two GPUs share out")
     parser.add_argument("--k", type=int, default=64 if on_gpu else 8)
     parser.add_argument("--batch", type=int, default=8192 if on_gpu else 64, help="tokens a GPU and step")
-    parser.add_argument("--steps", type=int, default=100 if on_gpu else 10)
+    parser.add_argument("--windows", type=int, default=6 if on_gpu else 1, help="of fifty steps, that are timed")
     parser.add_argument("--json", type=Path, help="write the results to this file, too")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--leave", type=Path, help=argparse.SUPPRESS)

@@ -440,7 +440,8 @@ class SAETraining(TrainedOnTokens):
         for name, value in (("loss", loss), ("mse", mse), ("fve", fve.float()), ("l0", l0)):
             self._log(self._key("train", name), value.clone())  # a fused step writes to the same place again
         self._log(self._key("train", "dead_fraction"), self._dead_fraction())
-        self._log(self._key("train", "lr"), self.lr * self._lr_factor(self.global_step))
+        lr = self.lr * self._lr_factor(self.global_step)
+        self._log(self._key("train", "lr"), torch.full((), lr, device=self.device))  # a float would wait for the device
 
     def _log_histograms(self, metrics: Metrics) -> None:
         for logger in self.loggers:

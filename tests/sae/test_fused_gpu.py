@@ -137,4 +137,4 @@ def test_two_gpus_make_the_steps_of_one(tmp_path: Path) -> None:
     for path in found:
         alone, both = torch.load(path, weights_only=True)
         for name, value in both.items():
-            assert float((value - alone[name]).norm()) <= 0.05 * float(alone[name].norm()), (path.stem, name)
+            assert float((value - alone[name]).norm()) <= 0.1 * float(alone[name].norm()), (path.stem, name)

@@ -299,7 +299,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256, help="tokens an image, a square number")
     parser.add_argument("--images-per-shard", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8192)
-    parser.add_argument("--buffer-images", type=int, default=1024)
+    parser.add_argument("--buffer-images", type=int, default=1280)
     parser.add_argument("--readers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch's own; readers are threads already")

@@ -61,7 +61,8 @@ class ActivationData(LightningDataModule):
         batch_size: tokens a batch in training, validation and testing.
         images_per_batch: images a batch in prediction.
         val_fraction: share of the prompts to hold out for validation and testing.
-        buffer_images: images whose tokens are in memory and mixed at a time. Memory for twice as many is taken.
+        buffer_images: images whose tokens are in memory and mixed at a time, at most: an epoch is dealt out evenly.
+            Memory for twice as many is taken.
         seed: decides the order of the training tokens, with the epoch.
         num_workers: processes that read ahead in validation and testing.
         readers: threads that read ahead in training and prediction; by default 2, and 8 for a device buffer.
@@ -76,7 +77,7 @@ class ActivationData(LightningDataModule):
         batch_size: int = 8192,
         images_per_batch: int = 64,
         val_fraction: float = 0.1,
-        buffer_images: int = 1024,
+        buffer_images: int = 1280,
         seed: int = 0,
         num_workers: int = 0,
         readers: int | None = None,

@@ -55,7 +55,7 @@ class Filling(NamedTuple):
 class DeviceMixing:
     """Two pieces of device memory, one gathered from while the other is filled, of `n_images` images each.
 
-    Together they hold 2 · n_images · T tokens as they are stored: 3.2 GB for 1,024 images of 256 tokens and 3,072
+    Together they hold 2 · n_images · T tokens as they are stored: 4.0 GB for 1,280 images of 256 tokens and 3,072
     channels in bf16, half of that in fp8. Of the host's memory, two slots are taken for each reader and two more, of
     16 MB each. The order is that of `HostMixing`. It works on a CPU, too, where copies run beside nothing.
     """

@@ -49,18 +49,24 @@ def draw_chunks(
     """The chunks of an epoch, but for its first `n_skipped` tokens; each image has `n_tokens`.
 
     (seed, epoch) permutes the images, of which each part takes its share, and with the part the tokens of each chunk.
+    Chunks are as even as can be, of `images_at_once` at most: behind a short one, the next would come too late.
     """
     generator = torch.Generator().manual_seed(_mix(seed, epoch, 0))
     permuted = [images[i] for i in torch.randperm(len(images), generator=generator).tolist()]
     mine = permuted[part.rank :: part.of]
     generator.manual_seed(_mix(seed, epoch, 1 + part.rank))
-    for start in range(0, len(mine), images_at_once):
-        some = mine[start : start + images_at_once]
+    n_chunks = -(-len(mine) // images_at_once)
+    for i in range(n_chunks):
+        some = mine[len(mine) * i // n_chunks : len(mine) * (i + 1) // n_chunks]
         order = torch.randperm(len(some) * n_tokens, generator=generator)
         if n_skipped < len(order):
-            is_last = start + images_at_once >= len(mine)
-            yield Chunk(sorted(some), _when_sorted(some, order, n_tokens), n_skipped, is_last)
+            yield Chunk(sorted(some), _when_sorted(some, order, n_tokens), n_skipped, i == n_chunks - 1)
         n_skipped = max(0, n_skipped - len(order))
+
+
+def largest_chunk(n_images: int, images_at_once: int) -> int:
+    """Images of the largest of the chunks that `draw_chunks` makes of so many."""
+    return -(-n_images // max(1, -(-n_images // images_at_once)))
 
 
 def _when_sorted(images: Sequence[int], order: Int64[Tensor, "N"], n_tokens: int) -> Int64[Tensor, "N"]:

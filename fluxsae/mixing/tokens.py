@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fluxsae.mixing.device import DeviceMixing
 from fluxsae.mixing.host import HostMixing
-from fluxsae.mixing.order import WHOLE, Chunk, Part, draw_chunks
+from fluxsae.mixing.order import WHOLE, Chunk, Part, draw_chunks, largest_chunk
 from fluxsae.shards.read import ShardSet
 from fluxsae.shards.rows import RowReader, Rows
 
@@ -38,7 +38,7 @@ class _Coming(NamedTuple):
 class MixedTokens(IterableDataset[Rows]):
     """Batches [B, D] of training tokens as they are stored, each once an epoch, in an order that (seed, epoch) decides.
 
-    The images are permuted; `buffer_images` at a time are loaded and their tokens mixed, while the next ones are
+    The images are permuted; up to `buffer_images` at a time are loaded and their tokens mixed, while the next ones are
     read; what does not fill a batch waits for them. With several processes all end after the same number of batches,
     so a few tokens of the longer shares go unseen in an epoch.
 
@@ -55,7 +55,7 @@ class MixedTokens(IterableDataset[Rows]):
         images: Sequence[int],
         *,
         batch_size: int,
-        buffer_images: int = 1024,
+        buffer_images: int = 1280,
         seed: int = 0,
         part: Part = WHOLE,
         readers: int = 2,
@@ -141,7 +141,7 @@ class MixedTokens(IterableDataset[Rows]):
         """Where tokens are mixed. In host memory it is kept from epoch to epoch."""
         if self._mixing is None:
             reader = RowReader(self.shards)
-            n_images = min(self.buffer_images, len(self.images[self.part.rank :: self.part.of]))
+            n_images = largest_chunk(len(self.images[self.part.rank :: self.part.of]), self.buffer_images)
             if self.device is None:
                 self._mixing = HostMixing(reader, n_images, self.batch_size, self.readers)
             else:

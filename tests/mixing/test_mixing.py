@@ -22,7 +22,7 @@ from fluxsae.activations import ActivationData
 from fluxsae.mixing import WHOLE, MixedTokens, Part
 from fluxsae.mixing.copier import Copier
 from fluxsae.mixing.memory import Recycled
-from fluxsae.mixing.order import draw_chunks
+from fluxsae.mixing.order import draw_chunks, largest_chunk
 from fluxsae.shards import ShardSet, rows
 from fluxsae.shards.format import Storage
 from fluxsae.shards.read import Stored
@@ -48,6 +48,16 @@ def plain_order(shards: ShardSet, n_images: int, buffer_images: int, part: Part 
         range(n_images), shards.spec.n_tokens, images_at_once=buffer_images, seed=3, epoch=epoch, part=part
     )
     return torch.cat([shards.tokens_batch(chunk.images).flatten(0, 1)[chunk.order] for chunk in chunks])
+
+
+@pytest.mark.parametrize(
+    ("n_images", "at_once", "wanted"), [(24, 10, 8), (24, 24, 24), (7, 3, 3), (5, 9, 5), (1, 4, 1)]
+)
+def test_an_epoch_is_dealt_out_evenly(n_images: int, at_once: int, wanted: int) -> None:
+    """Behind a chunk of a few images, the next one would have to be read while their few batches are trained on."""
+    sizes = [len(chunk.images) for chunk in draw_chunks(range(n_images), 4, images_at_once=at_once, seed=0, epoch=0)]
+    assert sum(sizes) == n_images and max(sizes) == wanted == largest_chunk(n_images, at_once)
+    assert min(sizes) >= wanted - 1
 
 
 HOW = st.fixed_dictionaries(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -27,7 +29,8 @@ WHOLE = Part(0, 1)
 class Chunk(NamedTuple):
     """Images that are in memory together, ascending as they lie on disk, and the order in which their tokens come.
 
-    Place i of the order is token order[i] of all their tokens; the first `n_skipped` places are not wanted.
+    Place i of the order is token order[i] of all their tokens; the first `n_skipped` places are not wanted. Which batch
+    a token is in is drawn; within a batch tokens ascend, so that those of an image are copied to one place.
     """
 
     images: list[int]
@@ -41,6 +44,7 @@ def draw_chunks(
     n_tokens: int,
     *,
     images_at_once: int,
+    batch_size: int,
     seed: int,
     epoch: int,
     part: Part = WHOLE,
@@ -56,12 +60,13 @@ def draw_chunks(
     mine = permuted[part.rank :: part.of]
     generator.manual_seed(_mix(seed, epoch, 1 + part.rank))
     n_chunks = -(-len(mine) // images_at_once)
-    for i in range(n_chunks):
-        some = mine[len(mine) * i // n_chunks : len(mine) * (i + 1) // n_chunks]
-        order = torch.randperm(len(some) * n_tokens, generator=generator)
-        if n_skipped < len(order):
-            yield Chunk(sorted(some), _when_sorted(some, order, n_tokens), n_skipped, i == n_chunks - 1)
-        n_skipped = max(0, n_skipped - len(order))
+    ends = [len(mine) * i // n_chunks for i in range(n_chunks + 1)] if n_chunks else []
+    for begin, end in pairwise(ends):
+        drawn = torch.randperm((end - begin) * n_tokens, generator=generator)
+        if n_skipped < len(drawn):
+            order = _by_batch(drawn, batch_size, begin * n_tokens % batch_size)
+            yield Chunk(sorted(mine[begin:end]), order, n_skipped, end == len(mine))
+        n_skipped = max(0, n_skipped - len(drawn))
 
 
 def largest_chunk(n_images: int, images_at_once: int) -> int:
@@ -69,10 +74,11 @@ def largest_chunk(n_images: int, images_at_once: int) -> int:
     return -(-n_images // max(1, -(-n_images // images_at_once)))
 
 
-def _when_sorted(images: Sequence[int], order: Int64[Tensor, "N"], n_tokens: int) -> Int64[Tensor, "N"]:
-    """The order of the same tokens when the images have been sorted."""
-    begin = torch.tensor(images).argsort().argsort() * n_tokens
-    return (begin[:, None] + torch.arange(n_tokens)).flatten()[order]
+def _by_batch(drawn: Int64[Tensor, "N"], batch_size: int, n_before: int) -> Int64[Tensor, "N"]:
+    """The tokens in order of the batches that the places `drawn` for them are in, the first of which has `n_before`."""
+    batch = ((drawn + n_before) // batch_size).numpy()
+    kind = np.int16 if batch.max() < 2**15 else np.int32  # of 16 bits, numpy sorts digit by digit
+    return torch.from_numpy(batch.astype(kind).argsort(kind="stable"))
 
 
 def _mix(*numbers: int) -> int:

@@ -124,6 +124,7 @@ class MixedTokens(IterableDataset[Rows]):
                 self.images,
                 self.shards.spec.n_tokens,
                 images_at_once=self.buffer_images,
+                batch_size=self.batch_size,
                 seed=self.seed,
                 epoch=epoch,
                 part=self.part,

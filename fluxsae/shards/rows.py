@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64, UInt8, UInt64
+from jaxtyping import Float, Int, Int64, UInt64
 from torch import Tensor
 
 from fluxsae.shards.encoding import Layout, decode_fp8
@@ -117,21 +117,27 @@ class RowReader:
         """Token t of image i goes to `rows[places[i, t]]`; ValueError as from `ShardSet.tokens` for a damaged one."""
         # All found before the first is read, since what is read drives the interpreter out of the processor's cache.
         found = [self._find(image) for image in images]
-        target, size = rows.tokens.view(torch.uint8).numpy(), places.shape[1] * rows.tokens[0].nbytes
+        n_tokens, width = places.shape[1], rows.tokens[0].nbytes
+        tokens, scales = rows.tokens.view(torch.uint8).numpy(), None if rows.scale is None else rows.scale.numpy()
+        pages = _Pages()
         absent = []
         for i, stored in enumerate(found):
-            cached = _cached(stored, stored.layout.tokens, size)
-            if cached is None:
+            layout, memory = stored.layout, stored.tar.map
+            if not pages.are_in_memory(stored):
                 absent.append(i)
-            else:
-                target[places[i]] = cached.reshape(places.shape[1], -1)
+                continue
+            mapped = np.frombuffer(memory, np.uint8, n_tokens * width, stored.start + layout.tokens)
+            tokens[places[i]] = mapped.reshape(n_tokens, width)
+            if scales is not None and layout.scale is not None:
+                scales[places[i]] = np.frombuffer(memory, np.float32, n_tokens, stored.start + layout.scale)
         if absent:
-            pieces = _pieces(rows.tokens, places[absent])
-            self._fill([images[i] for i in absent], [found[i] for i in absent], pieces)
-        if rows.scale is not None:
-            scale = torch.empty(places.shape)
-            self._fill_scale(images, found, scale)
-            rows.scale.numpy()[places] = scale.numpy()
+            rest, places = [images[i] for i in absent], places[absent]
+            found = [found[i] for i in absent]
+            self._fill(rest, found, _pieces(rows.tokens, places))
+            if scales is not None:
+                scale = torch.empty(places.shape)
+                self._fill_scale(rest, found, scale)
+                scales[places] = scale.numpy()
 
     def read_in_order(self, images: Sequence[int], rows: Rows) -> None:
         """The tokens of several images, one after the other; ValueError as from `read`."""
@@ -186,18 +192,28 @@ def _format(layout: Layout) -> Format:
     return Format(layout.dtype, layout.shape[1], layout.scale is not None)
 
 
-def _cached(stored: Stored, offset: int, size: int) -> UInt8[np.ndarray, "B"] | None:
-    """The bytes of a member from its offset on, mapped; None where not all of them are in memory, or in the file."""
-    begin = stored.start + offset
-    if not _TELLS or os.fstat(stored.tar.file.fd).st_size < begin + size:
-        return None
-    mapped = np.frombuffer(stored.tar.map, np.uint8, size, begin)
-    first = mapped.ctypes.data // _PAGE * _PAGE
-    n_bytes = mapped.ctypes.data + size - first
-    pages = np.empty(-(-n_bytes // _PAGE), np.uint8)
-    if _libc.mincore(first, n_bytes, pages.ctypes.data) != 0 or not (pages & 1).all():
-        return None
-    return mapped
+class _Pages:
+    """Asks which pages of a map are in memory, again and again."""
+
+    def __init__(self) -> None:
+        self._told = bytearray()
+        self._address = 0
+
+    def are_in_memory(self, stored: Stored) -> bool:
+        """Whether all pages that hold an image's tokens and their scales are, and the file still has them."""
+        layout, tar = stored.layout, stored.tar
+        begin, end = (
+            stored.start + place for place in (min(layout.tokens, layout.scale or layout.tokens), _end(layout))
+        )
+        if not _TELLS or os.fstat(tar.file.fd).st_size < end:
+            return False
+        first = (tar.address + begin) // _PAGE * _PAGE
+        n_bytes = tar.address + end - first
+        n_pages = -(-n_bytes // _PAGE)
+        if n_pages > len(self._told):
+            self._told = bytearray(n_pages)
+            self._address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._told))
+        return _libc.mincore(first, n_bytes, self._address) == 0 and self._told.count(1, 0, n_pages) == n_pages
 
 
 def _copied(

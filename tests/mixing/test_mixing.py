@@ -6,7 +6,7 @@ import ctypes
 import mmap
 import os
 import threading
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,14 @@ def shards(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return token_shards(tmp_path_factory.mktemp("tokens"), 12, 2, storage=request.param)
 
 
-def plain_order(shards: ShardSet, n_images: int, buffer_images: int, part: Part = WHOLE, epoch: int = 1) -> Tensor:
-    """The tokens in the order that the chunks tell, one after the other."""
-    chunks = draw_chunks(
-        range(n_images), shards.spec.n_tokens, images_at_once=buffer_images, seed=3, epoch=epoch, part=part
-    )
-    return torch.cat([shards.tokens_batch(chunk.images).flatten(0, 1)[chunk.order] for chunk in chunks])
+def plain_batches(
+    shards: ShardSet, n_images: int, buffer_images: int, batch_size: int, part: Part = WHOLE, epoch: int = 1
+) -> tuple[Tensor, ...]:
+    """The tokens in the order that the chunks tell, one after the other, in batches."""
+    how = {"images_at_once": buffer_images, "batch_size": batch_size, "seed": 3, "epoch": epoch, "part": part}
+    chunks = draw_chunks(range(n_images), shards.spec.n_tokens, **how)
+    tokens = torch.cat([shards.tokens_batch(chunk.images).flatten(0, 1)[chunk.order] for chunk in chunks])
+    return tokens.split(batch_size)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,8 @@ def plain_order(shards: ShardSet, n_images: int, buffer_images: int, part: Part 
 )
 def test_an_epoch_is_dealt_out_evenly(n_images: int, at_once: int, wanted: int) -> None:
     """Behind a chunk of a few images, the next one would have to be read while their few batches are trained on."""
-    sizes = [len(chunk.images) for chunk in draw_chunks(range(n_images), 4, images_at_once=at_once, seed=0, epoch=0)]
+    chunks = draw_chunks(range(n_images), 4, images_at_once=at_once, batch_size=5, seed=0, epoch=0)
+    sizes = [len(chunk.images) for chunk in chunks]
     assert sum(sizes) == n_images and max(sizes) == wanted == largest_chunk(n_images, at_once)
     assert min(sizes) >= wanted - 1
 
@@ -79,7 +82,7 @@ def test_the_order_is_the_plain_one_however_it_is_read(
     part = Part(rank, 3)
     data = MixedTokens(shards, range(n_images), seed=3, part=part, **how)
     data.epoch, data.n_skipped = 1, min(n_skipped, len(data))
-    expected = plain_order(shards, n_images, how["buffer_images"], part).split(how["batch_size"])[: len(data)]
+    expected = plain_batches(shards, n_images, how["buffer_images"], how["batch_size"], part)[: len(data)]
     batches = list(data)  # all held at a time: none may be written over
     assert len(batches) == len(data) - data.n_skipped
     for batch, wanted in zip(batches, expected[data.n_skipped :], strict=True):
@@ -108,7 +111,7 @@ def test_epochs_that_follow_each_other_are_those_alone(
     data = MixedTokens(shards, range(n_images), seed=3, part=part, last_epoch=3, **how)
     for epoch in (1, 2, 2, 3):
         data.epoch, data.n_skipped = epoch, min(n_skipped, len(data)) if epoch == 1 else 0
-        expected = plain_order(shards, n_images, how["buffer_images"], part, epoch).split(how["batch_size"])
+        expected = plain_batches(shards, n_images, how["buffer_images"], how["batch_size"], part, epoch)
         expected = expected[data.n_skipped : len(data)]
         if gives_up and epoch == 2:
             expected = expected[: len(expected) // 2]
@@ -143,7 +146,7 @@ def test_the_next_epoch_is_read_while_the_last_images_are_handed_out(
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_batch_stays_while_the_next_is_asked_for(shards: ShardSet, device: torch.device | None) -> None:
     data = MixedTokens(shards, range(24), batch_size=40, buffer_images=3, seed=3, device=device)
-    expected = iter(plain_order(shards, 24, 3).split(40))
+    expected = iter(plain_batches(shards, 24, 3, 40))
     data.epoch = 1
     last: Rows | None = None
     for batch in data:
@@ -218,10 +221,25 @@ def test_an_epoch_that_is_given_up_leaves_no_thread_behind(shards: ShardSet) -> 
     assert threading.active_count() == before
 
 
-def test_images_are_read_as_they_lie_and_come_as_they_were_drawn() -> None:
-    [chunk] = draw_chunks([7, 3, 9, 1], 2, images_at_once=4, seed=0, epoch=0)
-    assert chunk.images == [1, 3, 7, 9]
-    assert sorted(chunk.order.tolist()) == list(range(8)) != chunk.order.tolist()
+@pytest.mark.parametrize("batch_size", [7, 1, 1000])
+def test_a_token_s_batch_is_drawn_and_batches_are_as_they_lie(batch_size: int) -> None:
+    """Batches go on from chunk to chunk, each with tokens of many images, which lie together there."""
+    images, n_tokens = [70, 30, 90, 10, 20, 40, 60, 80], 40
+    chunks = list(draw_chunks(images, n_tokens, images_at_once=4, batch_size=batch_size, seed=0, epoch=0))
+    assert [len(chunk.images) for chunk in chunks] == [4, 4] and all(c.images == sorted(c.images) for c in chunks)
+    begin = 0
+    for chunk in chunks:
+        order = chunk.order.tolist()
+        assert sorted(order) == list(range(4 * n_tokens))
+        ends = [0, *range(batch_size - begin % batch_size, len(order), batch_size), len(order)]
+        batches = [order[a:b] for a, b in pairwise(ends)]
+        assert all(batch == sorted(batch) for batch in batches)
+        begin += len(order)
+        if batch_size == 1000:
+            continue
+        of_whole = [{token // n_tokens for token in batch} for batch in batches if len(batch) == batch_size]
+        assert sum(map(len, of_whole)) / len(of_whole) > min(batch_size, 4) * 0.7
+        assert order != sorted(order)
 
 
 def test_worker_processes_are_refused(shards: ShardSet) -> None:
@@ -287,20 +305,19 @@ class Stingy:
 def test_images_come_from_memory_or_from_the_file(
     shards: ShardSet, absent: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cached, mapped = rows._cached, []
+    in_memory, mapped = rows._Pages.are_in_memory, []
 
-    def sometimes(stored: Stored, offset: int, size: int) -> Any:
-        found = cached(stored, offset, size)
-        assert found is not None  # the set was written a moment ago
+    def sometimes(pages: Any, stored: Stored) -> bool:
+        assert in_memory(pages, stored)  # the set was written a moment ago
         mapped.append(stored.start)
-        return None if (stored.tar.file.path, stored.start) in places else found
+        return (stored.tar.file.path, stored.start) not in places
 
     places = [(stored.tar.file.path, stored.start) for stored in map(shards.stored_tokens, absent)]
-    monkeypatch.setattr(rows, "_cached", sometimes)
+    monkeypatch.setattr(rows._Pages, "are_in_memory", sometimes)
     data = MixedTokens(shards, range(24), batch_size=40, seed=3)
     data.epoch = 1
     found = torch.cat([batch.decoded() for batch in data])
-    assert torch.equal(found, plain_order(shards, 24, 1024)) and len(mapped) >= 24
+    assert torch.equal(found, torch.cat(plain_batches(shards, 24, 1024, 40))) and len(mapped) >= 24
 
 
 @pytest.mark.parametrize("absent", [False, True])
@@ -323,7 +340,7 @@ def test_a_file_system_that_gives_less_than_it_is_asked_for(shards: ShardSet, mo
     data = MixedTokens(shards, range(24), batch_size=40, seed=3)
     data.epoch = 1
     found = torch.cat([batch.decoded() for batch in data])
-    assert torch.equal(found.cpu(), plain_order(shards, 24, 1024))
+    assert torch.equal(found.cpu(), torch.cat(plain_batches(shards, 24, 1024, 40)))
 
 
 def test_what_the_other_process_cannot_read_is_read_here(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +349,7 @@ def test_what_the_other_process_cannot_read_is_read_here(shards: ShardSet, monke
     data = MixedTokens(shards, range(24), batch_size=40, seed=3, device=CPU)
     data.epoch = 1
     found = torch.cat([batch.decoded() for batch in data])
-    assert torch.equal(found, plain_order(shards, 24, 1024))
+    assert torch.equal(found, torch.cat(plain_batches(shards, 24, 1024, 40)))
 
 
 @pytest.mark.parametrize("device", DEVICES)

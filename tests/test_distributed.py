@@ -46,6 +46,9 @@ SHARE_TOKENS_FUSED = """
     for fused in (True, False):
         name = f"uneven, {fused}"
         fit("TopK", folder / name, SlicedData(lead=9), fused=fused, n_steps=4, **sharing_tokens(compress=fused))
+    for n_steps in (2, 3):
+        how = sharing_tokens(compress=True)
+        fit("TopK", folder / "resumed", SlicedData(), fused=True, n_steps=n_steps, resume=n_steps > 2, **how)
 """
 SHARE_FEATURES = """
     for kind in ("TopK", "L1", "JumpReLU"):
@@ -100,12 +103,18 @@ def test_processes_that_share_tokens_train_one_processs_sae(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_fused_steps_of_processes_that_share_tokens_are_one_processs(tmp_path: Path) -> None:
-    """By kernels, with AuxK at work, beside autograd's in one process; where shares are uneven, in as many."""
+    """By kernels, with AuxK at work, beside autograd's in one process; where shares are uneven, in as many.
+
+    A checkpoint has what each process alone knows of its features.
+    """
     pytest.importorskip("triton")
     run_in_several(tmp_path, SHARE_TOKENS_FUSED, timeout=600)  # an interpreter is slow
     for kind in ("TopK", "L1"):
         fit(kind, tmp_path / "one" / kind, SlicedData(), fused=False, n_steps=5)
-    for name, reference in (("TopK", "one/TopK"), ("L1", "one/L1"), ("uneven, True", "uneven, False")):
+    for n_steps in (2, 3):
+        fit("TopK", tmp_path / "one" / "resumed", SlicedData(), fused=False, n_steps=n_steps, resume=n_steps > 2)
+    pairs = [(name, f"one/{name}") for name in ("TopK", "L1", "resumed")]
+    for name, reference in (*pairs, ("uneven, True", "uneven, False")):
         found, expected = (load_sae(tmp_path / folder).state_dict() for folder in (name, reference))
         for weight, value in expected.items():
             torch.testing.assert_close(found[weight], value, rtol=0, atol=1e-4)

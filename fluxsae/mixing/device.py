@@ -31,8 +31,29 @@ if _HAS_TRITON := find_spec("triton") is not None:
 
 _SLOT = 2**24
 """Bytes of a slot, about: enough for what the interpreter does about it not to matter."""
+_AHEAD = 3
+"""Batches that may be asked for before the device is done with what was launched before the first of them."""
 _SPANS = np.dtype([("file", "<u4"), ("offset", "<u8"), ("target", "<u8"), ("size", "<u8")])
 assert _SPANS.itemsize == SPAN.size
+
+
+class Lead:
+    """Keeps whoever asks for batches from running further ahead of a CUDA device than keeps that busy.
+
+    Now and then a training waits for the device, to log or to count dead features. Nothing is read meanwhile, as that
+    happens when a batch is asked for; so it must not have a whole chunk's steps to wait for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)
+        self._asked: deque[torch.cuda.Event] = deque()
+
+    def wait(self) -> None:
+        """Until the device is done with what was launched before the call `_AHEAD` calls ago."""
+        event = self._asked.popleft() if len(self._asked) == _AHEAD else torch.cuda.Event(blocking=True)
+        event.synchronize()
+        event.record(self._stream)
+        self._asked.append(event)
 
 
 class Located(NamedTuple):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fluxsae.mixing.device import DeviceMixing
+from fluxsae.mixing.device import DeviceMixing, Lead
 from fluxsae.mixing.host import HostMixing
 from fluxsae.mixing.order import WHOLE, Chunk, Part, draw_chunks, largest_chunk
 from fluxsae.shards.read import ShardSet
@@ -151,8 +151,11 @@ class MixedTokens(IterableDataset[Rows]):
 
     def _timed(self, batches: Generator[Rows]) -> Iterator[Rows]:
         row_bytes = self.mixing.reader.format.row_bytes
+        lead = Lead(self.device) if self.device is not None and self.device.type == "cuda" else None
         with closing(batches):
             while True:
+                if lead is not None:
+                    lead.wait()
                 asked = time.perf_counter()
                 batch = next(batches, None)
                 self.feed.waited += time.perf_counter() - asked

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from fluxsae.activations import ActivationData
 from fluxsae.mixing import WHOLE, MixedTokens, Part
 from fluxsae.mixing.copier import Copier
+from fluxsae.mixing.device import _AHEAD, Lead
 from fluxsae.mixing.memory import Recycled
 from fluxsae.mixing.order import draw_chunks, largest_chunk
 from fluxsae.shards import ShardSet, rows
@@ -175,6 +176,44 @@ def test_a_gpu_mixes_as_the_host_does(tmp_path: Path, storage: Storage, monkeypa
             found.append(batch.decoded())
         for batch, wanted in zip(found, host, strict=True):
             assert batch.device == GPU and torch.equal(batch.cpu(), wanted.decoded())
+
+
+def test_a_lead_waits_for_what_was_launched_some_calls_ago(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With events that tell which call recorded them, and whether someone waited for that."""
+    waited, calls = [], iter(range(100))
+
+    class Event:
+        recorded: int | None = None
+
+        def __init__(self, blocking: bool) -> None:
+            assert blocking  # or a processor would be busy with waiting
+
+        def record(self, stream: str) -> None:
+            self.recorded = next(calls)
+
+        def synchronize(self) -> None:
+            waited.append(self.recorded)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
+    lead = Lead(GPU)
+    for _ in range(_AHEAD + 4):
+        lead.wait()
+    assert waited == [None] * _AHEAD + [0, 1, 2, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_whoever_asks_a_gpu_for_batches_stays_close_to_it(tmp_path: Path) -> None:
+    shards = token_shards(tmp_path, 40, 2, size=256, d_in=256)
+    steps, behind = [], []
+    for _ in MixedTokens(shards, range(80), batch_size=300, buffer_images=80, device=GPU):
+        with torch.cuda.device(GPU):
+            torch.cuda._sleep(20_000_000)  # cycles: far longer than a batch takes to make
+            steps.append(torch.cuda.Event())
+            steps[-1].record()
+        behind.append(sum(not step.query() for step in steps))
+    assert len(behind) > 20 and max(behind) == _AHEAD + 1
 
 
 @pytest.mark.gpu

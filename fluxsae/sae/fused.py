@@ -22,10 +22,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Adam
 
+from fluxsae.graphs import Graphs
 from fluxsae.processes import OneAllReduce, Processes
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.fp8 import Scaled, product, why_no_fp8
-from fluxsae.sae.graphs import Graphs
 
 if find_spec("triton") is not None:
     from fluxsae.sae.auxiliary import AuxiliaryLoss, AuxiliaryPass

@@ -16,11 +16,11 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("triton")
 
+from fluxsae.graphs import clear_all
 from fluxsae.processes import Processes
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.dead import aux_error
 from fluxsae.sae.fused import ALONE, FusedStep, Settings
-from fluxsae.sae.graphs import clear_all
 from fluxsae.sae.objective import squared_errors, token_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

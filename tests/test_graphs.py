@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fluxsae.sae.graphs import Graphs
+from fluxsae.graphs import Graphs
 
 
 class Recorder:

@@ -59,8 +59,8 @@ def draw_chunks(
     permuted = [images[i] for i in torch.randperm(len(images), generator=generator).tolist()]
     mine = permuted[part.rank :: part.of]
     generator.manual_seed(_mix(seed, epoch, 1 + part.rank))
-    n_chunks = -(-len(mine) // images_at_once)
-    ends = [len(mine) * i // n_chunks for i in range(n_chunks + 1)] if n_chunks else []
+    n_chunks = _n_chunks(len(mine), images_at_once)
+    ends = [len(mine) * i // n_chunks for i in range(n_chunks + 1)]
     for begin, end in pairwise(ends):
         drawn = torch.randperm((end - begin) * n_tokens, generator=generator)
         if n_skipped < len(drawn):
@@ -71,7 +71,11 @@ def draw_chunks(
 
 def largest_chunk(n_images: int, images_at_once: int) -> int:
     """Images of the largest of the chunks that `draw_chunks` makes of so many."""
-    return -(-n_images // max(1, -(-n_images // images_at_once)))
+    return -(-n_images // _n_chunks(n_images, images_at_once))
+
+
+def _n_chunks(n_images: int, images_at_once: int) -> int:
+    return max(1, -(-n_images // images_at_once))
 
 
 def _by_batch(drawn: Int64[Tensor, "N"], batch_size: int, n_before: int) -> Int64[Tensor, "N"]:

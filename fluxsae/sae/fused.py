@@ -59,6 +59,13 @@ class Outcome(NamedTuple):
         return self.fired.sum() / self.n_tokens
 
 
+class Seen(NamedTuple):
+    """On how many tokens of all processes each feature fired in a step, and how many tokens there were."""
+
+    fired: Tensor
+    n_tokens: Tensor | int
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the objective and Adam need to know beside the SAE."""
@@ -145,7 +152,7 @@ class FusedStep:
         self._kept: dict[str, Tensor] = {}
         self._coming: list[Any] = []  # decoder rows that other processes stepped
         self._states: _States | None = None
-        self._seen: _Seen
+        self.seen: Seen  # by the last update
         self._graphs = Graphs(settings.graphs and device.type == "cuda" and processes.recordable)
         self._found: Any = None
 
@@ -178,11 +185,6 @@ class FusedStep:
         outcome: Outcome = self._found.outcome
         return outcome
 
-    @property
-    def seen(self) -> tuple[Tensor, Tensor | int]:
-        """After an update: on how many tokens of all processes each feature fired, and how many there were."""
-        return self._seen
-
     def variance_explained(self) -> Float[Tensor, ""]:
         """The FVE of the last batch, against the batch's own channel means."""
         return 1 - self.outcome.mse / self.x.float().var(dim=0, correction=0).mean()
@@ -194,7 +196,7 @@ class FusedStep:
         self.lr.fill_(lr)
         alone = self.processes.n == 1
         step = partial(self._update_alone if alone else self._update_together, states)
-        self._seen = self._graphs.run(("update", *self._key), step, reads=self._found)
+        self.seen = self._graphs.run(("update", *self._key), step, reads=self._found)
         if not alone:  # they may still come while the next tokens are encoded
             self._coming = [self.processes.spread(rows) for rows in (self.dec_low, self.row_scale)]
 
@@ -315,7 +317,7 @@ class FusedStep:
     ) -> AuxiliaryLoss:
         return self._aux.loss(codes, self.x, error, weighed, self.dec_low, self.row_scale, along, bias)
 
-    def _update_alone(self, states: _States) -> _Seen:
+    def _update_alone(self, states: _States) -> Seen:
         found, betas = self._found, self.settings.betas
         hyper = self._factors(found.outcome.loss, states, 2 / (len(self.x) * self.sae.d_in))
         b_dec = self._b_dec_gradient(found)  # by the encoder as it was
@@ -335,9 +337,9 @@ class FusedStep:
             torch.mm(found.codes.T, found.error, out=gradient)
             row_updates.update_given(dec, gradient, hyper, betas, unit, found.aux.dec)
         self._finish(states, hyper, found.aux.bias, b_dec)
-        return _Seen(found.outcome.fired, found.outcome.n_tokens)
+        return Seen(found.outcome.fired, found.outcome.n_tokens)
 
-    def _update_together(self, states: _States) -> _Seen:
+    def _update_together(self, states: _States) -> Seen:
         """Adam's step on this process's share; what is made travels while the next is made or the last is used."""
         found, (enc, dec) = self._found, self._weights(states)
         sums, rows = self._sums()
@@ -349,11 +351,11 @@ class FusedStep:
         fired, n_tokens, loss, along, b_enc, b_dec = sums.split([n, 1, 1, n, n, self.sae.d_in])
         hyper = self._factors(loss[0], states, 2 / (self.processes.n * self.sae.d_in))
         self._step_own(enc, enc_gradient, hyper, None, self._own_rows(found.aux.enc, rows[0]))
-        arriving = [self.processes.spread(self.enc_low)]
+        enc_spread = self.processes.spread(self.enc_low)
         self._step_own(dec, dec_gradient, hyper, self._unit(along), self._own_rows(found.aux.dec, rows[1]))
         self._finish(states, hyper, b_enc, b_dec)
-        arriving[0].wait()
-        return _Seen(fired, n_tokens[0].long())
+        enc_spread.wait()
+        return Seen(fired, n_tokens[0].long())
 
     def _sums(self) -> tuple[Tensor, Tensor]:
         """What is added up over processes beside the weights' gradients.
@@ -517,11 +519,6 @@ class _Gradient(NamedTuple):
     pieces: Tensor | None
     from_others: Tensor
     sent: Any
-
-
-class _Seen(NamedTuple):
-    fired: Tensor
-    n_tokens: Tensor | int
 
 
 class _Found(NamedTuple):

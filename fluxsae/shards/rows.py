@@ -202,9 +202,7 @@ class _Pages:
     def are_in_memory(self, stored: Stored) -> bool:
         """Whether all pages that hold an image's tokens and their scales are, and the file still has them."""
         layout, tar = stored.layout, stored.tar
-        begin, end = (
-            stored.start + place for place in (min(layout.tokens, layout.scale or layout.tokens), _end(layout))
-        )
+        begin, end = stored.start + min(layout.tokens, layout.scale or layout.tokens), stored.start + _end(layout)
         if not _TELLS or os.fstat(tar.file.fd).st_size < end:
             return False
         first = (tar.address + begin) // _PAGE * _PAGE

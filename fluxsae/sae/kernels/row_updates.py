@@ -111,8 +111,6 @@ def gather(
     n_own = own.stop - own.start
     n_features, d_in = len(gradient) - n_own, gradient.shape[1]
     block = min(TILE, triton.next_power_of_2(d_in))
-    if n_features == 0:
-        return
     _gather[(n_features * triton.cdiv(d_in, block),)](
         *(lists.tokens, weights, lists.counts, lists.starts, lists.pieces, source, pieces, gradient),
         *(n_features, d_in, factor, own.start, n_own),

@@ -41,7 +41,7 @@ PARTS = {
     "decode": ("_explain",),
     "lists": ("_mark", "_count", "_place", "_own", "_feature_sums", "scan"),
     "gradients and Adam": ("_update", "_sum_pieces", "adam", "Adam"),
-    "masks": ("_mask_slopes", "_positive_columns", "_centre", "_squared", "_weigh", "_weighted"),
+    "masks": ("_mask", "_positive_columns", "_centre", "_squared", "_weigh", "_weighted"),
 }
 """The kernels that make up each part of a step, by what their names hold; what no part claims is "other"."""
 

@@ -89,7 +89,7 @@ class AuxiliaryPass:
         weighed: Weighed,
         rows: Float[Tensor, "F D"],
         row_scale: Float[Tensor, "F"],
-        along: Float[Tensor, "F"],
+        along: Float[Tensor, "F"] | None,
         bias: Float[Tensor, "F"],
     ) -> AuxiliaryLoss:
         """Of `error` = weights · (recon - x), whose loss it joins. Adds the gradient along decoder rows to `along`."""
@@ -102,7 +102,8 @@ class AuxiliaryPass:
         columns.squared_lengths(miss, square)
         slopes = miss @ chosen.T
         sums = columns.mask_slopes(codes, slopes, torch.zeros((), device=miss.device)) * self.coef
-        along.index_add_(0, dead.features, sums[0])
+        if along is not None:
+            along.index_add_(0, dead.features, sums[3])
         loss = weighed.loss + self.coef * (square / weights).mean() / self.d_in
         enc, dec = (torch.mm(a.T, b).mul_(self.coef) for a, b in ((slopes, x), (codes, miss)))
         bias = bias.index_add(0, dead.features, sums[1])

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Adam
@@ -140,8 +140,7 @@ class FusedStep:
         self.dec_low = sae.W_dec.detach().to(settings.dtype)
         self.row_scale = torch.ones(sae.n_features, device=device)
         self.own = processes.share(sae.n_features)
-        n_tiles = row_updates.n_tiles(sae.d_in) if self.sparse else 1
-        self.squares = torch.empty(n_tiles, self.own.stop - self.own.start, device=device)
+        self.squares = torch.empty(row_updates.n_tiles(sae.d_in), self.own.stop - self.own.start, device=device)
         self.lr = torch.zeros((), device=device)
         self.penalty = torch.zeros((), device=device)
         self.updates = torch.tensor([0, -1], device=device)
@@ -198,7 +197,8 @@ class FusedStep:
         step = partial(self._update_alone if alone else self._update_together, states)
         self.seen = self._graphs.run(("update", *self._key), step, reads=self._found)
         if not alone:  # they may still come while the next tokens are encoded
-            self._coming = [self.processes.spread(rows) for rows in (self.dec_low, self.row_scale)]
+            rows = (self.dec_low, self.row_scale) if self.sparse else (self.dec_low,)
+            self._coming = [self.processes.spread(some) for some in rows]
 
     def steps_since_bad(self) -> int | None:
         """How many updates ago a loss was not finite for the first time. Waits for the device."""
@@ -262,13 +262,15 @@ class FusedStep:
         slopes = values.new_empty(decoding.n_tiles(sae.d_in), *values.shape)
         squares = values.new_empty(len(slopes), n)
         decoding.explain(values, indices, self.dec_low, self.row_scale, self.x, error, slopes, squares)
-        weighed = self._weigh(error, squares)
-        lists = feature_lists.list_by_feature(values, indices, slopes, weighed.weights, sae.n_features)
+        lengths = self._add_up_lengths(squares)
+        places = feature_lists.find_places(values, indices, sae.n_features)  # while lengths are added up
+        weighed = self._weigh(error, squares, lengths)
+        lists = feature_lists.list_by_feature(values, indices, slopes, weighed.weights, places)
         along, bias = torch.empty(2, sae.n_features, device=error.device).unbind()
         row_updates.feature_sums(lists, along, bias)
         aux = self._explain_dead(aux_codes, error, weighed, along, bias)
         outcome = Outcome(aux.loss, weighed.mse, lists.counts, n)
-        return _Found(outcome, error, along, bias, aux, lists=lists)
+        return _Found(outcome, error, bias, aux, along=along, lists=lists)
 
     def _encode_dense(self) -> _Encoded:
         sae, n = self.sae, len(self.x)
@@ -276,7 +278,7 @@ class FusedStep:
         bias = sae.b_enc.to(codes.dtype)
         if isinstance(sae, TopK):
             pre = self._pre_acts(self._buffers["pre"][:n], bias)
-            selection.keep_largest(pre, codes, sae.k)
+            selection.keep_largest(pre, codes, sae.k, self._active)
             return _Encoded(codes, self._aux.codes(pre))
         if self.enc_fp8 is not None:
             self._pre_acts(codes, bias).relu_()
@@ -290,30 +292,43 @@ class FusedStep:
         error.addmm_(codes, self.dec_low, beta=-1)
         squares = torch.empty(1, n, device=error.device)
         columns.squared_lengths(error, squares[0])
-        weighed = self._weigh(error, squares)
+        weighed = self._weigh(error, squares, self._add_up_lengths(squares))
         slopes = self._buffers["pre"][:n]
         torch.mm(error, self.dec_low.T, out=slopes)
-        along, bias, fired, total = columns.mask_slopes(codes, slopes, self.penalty).unbind()
-        aux = self._explain_dead(aux_codes, error, weighed, along, bias)
+        active = self._active
+        sums = columns.mask_slopes(codes, slopes, self.penalty) if active is None else columns.mask(active, slopes)
+        fired, bias = sums[:2]
+        aux = self._explain_dead(aux_codes, error, weighed, None, bias)
         loss = aux.loss
         if isinstance(sae, L1):
-            loss = scalars.add_penalty(loss, total, self.penalty, 2 / (n * sae.d_in))
-        return _Found(Outcome(loss, weighed.mse, fired, n), error, along, bias, aux, codes=codes, slopes=slopes)
+            loss = scalars.add_penalty(loss, sums[2], self.penalty, 2 / (n * sae.d_in))
+        return _Found(Outcome(loss, weighed.mse, fired, n), error, bias, aux, codes=codes, slopes=slopes)
 
-    def _weigh(self, error: Float[Tensor, "N D"], squares: Float[Tensor, "P N"]) -> scalars.Weighed:
+    @property
+    def _active(self) -> UInt8[Tensor, "N B"] | None:
+        """Room for the bits that say which codes are above 0, where `keep_largest` can tell."""
+        bits = self._buffers.get("active")
+        return None if bits is None else bits[: len(self.x)]
+
+    def _add_up_lengths(self, squares: Float[Tensor, "P N"]) -> _Lengths | None:
+        """Begin to add up the errors' lengths over processes."""
+        if self.processes.n == 1:
+            return None
+        sums = scalars.sum_lengths(squares)
+        return _Lengths(sums, self.processes.add_up(sums))
+
+    def _weigh(
+        self, error: Float[Tensor, "N D"], squares: Float[Tensor, "P N"], lengths: _Lengths | None
+    ) -> scalars.Weighed:
         """The tokens' weights, from parts of their errors' squared lengths; multiplies the errors by them."""
-        mean_length = None
-        if self.processes.n > 1:
-            lengths = squares.sum(dim=0).sqrt_()
-            sums = torch.stack([lengths.sum(), torch.ones_like(lengths).sum()])
-            self.processes.add_up(sums).wait()
-            mean_length = sums[0] / sums[1]
-        weighed = scalars.weigh_tokens(squares, self.settings.clip_tokens, self.sae.d_in, mean_length)
+        if lengths is not None:
+            lengths.coming.wait()
+        weighed = scalars.weigh_tokens(squares, self.settings.clip_tokens, self.sae.d_in, lengths and lengths.sums)
         columns.weigh(error, weighed.weights)
         return weighed
 
     def _explain_dead(
-        self, codes: Tensor | None, error: Tensor, weighed: scalars.Weighed, along: Tensor, bias: Tensor
+        self, codes: Tensor | None, error: Tensor, weighed: scalars.Weighed, along: Tensor | None, bias: Tensor
     ) -> AuxiliaryLoss:
         return self._aux.loss(codes, self.x, error, weighed, self.dec_low, self.row_scale, along, bias)
 
@@ -321,21 +336,20 @@ class FusedStep:
         found, betas = self._found, self.settings.betas
         hyper = self._factors(found.outcome.loss, states, 2 / (len(self.x) * self.sae.d_in))
         b_dec = self._b_dec_gradient(found)  # by the encoder as it was
-        (enc, dec), unit = self._weights(states), self._unit(found.along)
-        if found.lists is not None:
-            lists = found.lists
+        enc, dec = self._weights(states)
+        if (lists := found.lists) is not None:
             pieces = self._pieces(lists)
             for state, weights, source, rows, aux in (
                 (enc, lists.slopes, self.x, None, found.aux.enc),
-                (dec, lists.values, found.error, unit, found.aux.dec),
+                (dec, lists.values, found.error, self._unit(found.along), found.aux.dec),
             ):
                 row_updates.sum_pieces(lists, weights, source, pieces)
                 row_updates.update_gathered(state, lists, weights, source, pieces, hyper, betas, rows, aux)
         else:
             gradient = torch.mm(found.slopes.T, self.x)
-            row_updates.update_given(enc, gradient, hyper, betas, None, found.aux.enc)
+            row_updates.update_given(enc, gradient, hyper, betas, found.aux.enc)
             torch.mm(found.codes.T, found.error, out=gradient)
-            row_updates.update_given(dec, gradient, hyper, betas, unit, found.aux.dec)
+            row_updates.update_given(dec, gradient, hyper, betas, found.aux.dec, unit=True)
         self._finish(states, hyper, found.aux.bias, b_dec)
         return Seen(found.outcome.fired, found.outcome.n_tokens)
 
@@ -348,11 +362,11 @@ class FusedStep:
         for work in arriving:
             work.wait()
         n = self.sae.n_features
-        fired, n_tokens, loss, along, b_enc, b_dec = sums.split([n, 1, 1, n, n, self.sae.d_in])
+        fired, n_tokens, loss, b_enc, b_dec, along = sums.split([n, 1, 1, n, self.sae.d_in, n * self.sparse])
         hyper = self._factors(loss[0], states, 2 / (self.processes.n * self.sae.d_in))
-        self._step_own(enc, enc_gradient, hyper, None, self._own_rows(found.aux.enc, rows[0]))
+        self._step_own(enc, enc_gradient, hyper, self._own_rows(found.aux.enc, rows[0]))
         enc_spread = self.processes.spread(self.enc_low)
-        self._step_own(dec, dec_gradient, hyper, self._unit(along), self._own_rows(found.aux.dec, rows[1]))
+        self._step_own(dec, dec_gradient, hyper, self._own_rows(found.aux.dec, rows[1]), along)
         self._finish(states, hyper, b_enc, b_dec)
         enc_spread.wait()
         return Seen(fired, n_tokens[0].long())
@@ -360,17 +374,20 @@ class FusedStep:
     def _sums(self) -> tuple[Tensor, Tensor]:
         """What is added up over processes beside the weights' gradients.
 
-        One behind the other: tokens that each feature fired on, all tokens, the loss, gradients along decoder rows, of
-        b_enc and b_dec; and the auxiliary rows of both weights. All but numbers of tokens are means over tokens.
+        One behind the other: tokens that each feature fired on, all tokens, the loss, gradients of b_enc and b_dec, and
+        of a sparse pass those along decoder rows; and the auxiliary rows of both weights. All but numbers of tokens are
+        means over tokens.
         """
         found, share = self._found, 1 / len(self.x)
         counts = found.outcome.fired, torch.full_like(found.outcome.loss[None], len(self.x))
-        means = torch.cat([found.outcome.loss[None], found.along, found.aux.bias, self._b_dec_gradient(found)]) * share
+        means = [found.outcome.loss[None], found.aux.bias, self._b_dec_gradient(found)]
+        if found.along is not None:
+            means.append(found.along)
         enc, dec = found.aux.enc, found.aux.dec
-        rows = found.along.new_empty(2, 0, self.sae.d_in)
+        rows = found.bias.new_empty(2, 0, self.sae.d_in)
         if enc is not None and dec is not None:
             rows = torch.stack([enc.gradient, dec.gradient]) * share
-        return torch.cat([*counts, means]), rows
+        return torch.cat([*counts, torch.cat(means) * share]), rows
 
     def _send_others(self, name: str) -> _Gradient:
         """Make and send the gradient, a token, of the features that other processes step; what those send comes."""
@@ -391,21 +408,25 @@ class FusedStep:
         return _Gradient(factors, source, pieces, from_others, sent)
 
     def _step_own(
-        self, state: AdamState, gradient: _Gradient, hyper: Tensor, unit: UnitRows | None, aux: Auxiliary | None
+        self, state: AdamState, gradient: _Gradient, hyper: Tensor, aux: Auxiliary | None, along: Tensor | None = None
     ) -> None:
-        """Adam's step on the features that this process steps, of what its own tokens say and what others sent."""
+        """Adam's step on the features that this process steps, of what its own tokens say and what others sent.
+
+        `along` is given for rows that stay at unit length.
+        """
         betas, share = self.settings.betas, 1 / len(self.x)
         factors, source, pieces, from_others, sent = gradient
         sent.wait()
         if pieces is not None:
             lists = self._found.lists
             own = lists._replace(**{name: getattr(lists, name)[self.own] for name in ("counts", "starts", "pieces")})
+            unit = None if along is None else self._unit(along)
             row_updates.update_gathered(
                 state, own, factors, source, pieces, hyper, betas, unit, aux, factor=share, others=from_others
             )
         else:
             from_others.addmm_(factors[:, self.own].T, source, alpha=share)
-            row_updates.update_given(state, from_others, hyper, betas, unit, aux)
+            row_updates.update_given(state, from_others, hyper, betas, aux, unit=along is not None)
 
     def _own_rows(self, aux: Auxiliary | None, gradient: Tensor) -> Auxiliary | None:
         return aux and Auxiliary(aux.row_of[self.own], gradient)
@@ -439,7 +460,8 @@ class FusedStep:
 
     def _finish(self, states: _States, hyper: Tensor, b_enc: Tensor, b_dec: Tensor) -> None:
         """Note how long the decoder's rows are now, and step the biases."""
-        row_updates.unit_scale(self.squares, self.row_scale[self.own], hyper)
+        if self.sparse:
+            row_updates.unit_scale(self.squares, self.row_scale[self.own], hyper)
         for bias, gradient, moments in ((self.sae.b_enc, b_enc, states.b_enc), (self.sae.b_dec, b_dec, states.b_dec)):
             rounded = torch.empty_like(bias)
             state = AdamState(*(t.view(1, -1) for t in (bias.detach(), *moments, rounded)))
@@ -463,6 +485,10 @@ class FusedStep:
             name: torch.empty(n_tokens, width, device=self.enc_low.device, dtype=self.settings.dtype)
             for name, width in widths.items()
         }
+        if isinstance(self.sae, TopK) and not self.sparse and selection.packs(self.sae.n_features, self.settings.dtype):
+            self._buffers["active"] = torch.empty(
+                n_tokens, self.sae.n_features // 8, device=self.enc_low.device, dtype=torch.uint8
+            )
         if self.enc_fp8 is not None:
             self._x_fp8 = Scaled.empty(n_tokens, self.sae.d_in, self.enc_low.device)
             self._until_fitted = 0
@@ -511,6 +537,13 @@ class _Encoded(NamedTuple):
     indices: Tensor | None = None
 
 
+class _Lengths(NamedTuple):
+    """Sums over this process's errors, which become those of all when what is `coming` is there."""
+
+    sums: Tensor
+    coming: Any
+
+
 class _Gradient(NamedTuple):
     """What a weight's gradient is made of: factors of tokens or errors, pieces of sparse sums, others' sums to come."""
 
@@ -522,13 +555,14 @@ class _Gradient(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What the update needs of a forward pass: lists from a sparse one, codes and slopes from a dense one."""
+    """What the update needs of a forward pass: gradients along decoder rows and lists from a sparse one, codes and
+    slopes from a dense one."""
 
     outcome: Outcome
     error: Tensor
-    along: Tensor
     bias: Tensor  # without the auxiliary loss's part, which leaves b_dec alone
     aux: AuxiliaryLoss
+    along: Tensor | None = None
     lists: FeatureLists | None = None
     codes: Tensor | None = None
     slopes: Tensor | None = None

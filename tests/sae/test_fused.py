@@ -76,11 +76,22 @@ def test_select_counts_nan_as_largest() -> None:
     assert int(values.isnan().sum()) == 1 and int(indices[values.isnan()]) == 7
 
 
-def test_select_survives_more_ties_than_it_has_room_for() -> None:
-    pre = torch.ones(2, 600, device=DEVICE)
+@pytest.mark.parametrize("widest", [32768, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_select_survives_more_ties_than_it_has_room_for(
+    dtype: torch.dtype, widest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In some rows among others, more of them than programs look at."""
+    monkeypatch.setattr(selection, "_WIDEST", widest)
+    monkeypatch.setattr(selection, "_CHUNK", 256)
+    monkeypatch.setattr(selection, "_AGAIN", 2)
+    pre = torch.ones(6, 600, device=DEVICE, dtype=dtype)
     pre[1, 77] = 2.0
+    pre[3] = torch.arange(600, device=DEVICE) / 8
     values, indices = chosen(pre, torch.zeros(600, device=DEVICE), 3)
-    assert values.sort().values.tolist() == [[1, 1, 1], [1, 1, 2]] and 77 in indices[1].tolist()
+    expected = [[1.0, 1.0, 1.0]] * 6
+    expected[1], expected[3] = [1.0, 1.0, 2.0], pre[3, -3:].float().tolist()
+    assert values.sort().values.tolist() == expected and 77 in indices[1].tolist()
     assert all(len(set(row)) == 3 for row in indices.tolist())
 
 
@@ -99,16 +110,35 @@ def test_keep_largest_is_select_in_place(
     assert bool(((codes == pre) | (codes == 0)).all()) and int((codes > 0).sum(dim=1).max()) <= k
 
 
+@pytest.mark.parametrize("n_features", [2000, 2560])
 @pytest.mark.parametrize("k", [1, 40, 700, 1999])
-def test_of_many_equal_entries_the_first_are_kept(k: int) -> None:
-    """Which, in bf16, cut a row of 2,000 in the middle of one of its parts."""
-    drawn = torch.randn(8, 2000, generator=torch.Generator().manual_seed(k))
+def test_of_many_equal_entries_the_first_are_kept(k: int, n_features: int) -> None:
+    """Which, in bf16, cut a row in the middle of one of its parts; one of 2,560 lies in two blocks."""
+    drawn = torch.randn(8, n_features, generator=torch.Generator().manual_seed(k))
     pre = (drawn * 4).round().div(4).bfloat16().to(DEVICE)
     codes = torch.full_like(pre, torch.nan)
     selection.keep_largest(pre, codes, k)
     order = pre.float().sort(dim=1, descending=True, stable=True).indices[:, :k]
     expected = torch.zeros_like(pre).scatter(1, order, pre.gather(1, order)).clamp_min(0)
     assert torch.equal(codes, expected)
+
+
+@pytest.mark.parametrize(("n_features", "k"), [(8, 3), (64, 4), (328, 100), (1536, 200), (2000, 2000), (2560, 700)])
+def test_bits_say_which_codes_are_above_0(n_features: int, k: int) -> None:
+    """For rows that are one block of a power of two, and two of them; and slopes are masked by bits as by codes."""
+    pre = rows_to_choose_from(n_features, torch.bfloat16)
+    codes, active = torch.empty_like(pre), torch.full((5, n_features // 8), 255, dtype=torch.uint8, device=DEVICE)
+    assert selection.packs(n_features, pre.dtype)
+    selection.keep_largest(pre, codes, k, active)
+    without = torch.empty_like(pre)
+    selection.keep_largest(pre, without, k)
+    bits = (active[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=DEVICE)).flatten(1) & 1
+    assert torch.equal(codes, without) and torch.equal(bits > 0, codes > 0)
+    by_codes = torch.randn(5, n_features, generator=torch.Generator().manual_seed(k)).to(DEVICE, torch.bfloat16)
+    by_bits = by_codes.clone()
+    sums = columns.mask_slopes(codes, by_codes, torch.zeros((), device=DEVICE))
+    assert torch.equal(columns.mask(active, by_bits)[0], sums[0]) and torch.equal(by_bits, by_codes)
+    assert torch.allclose(columns.mask(active, by_bits)[1], sums[1])
 
 
 @pytest.mark.parametrize("k", [1, 3, 64, 70, 96, 300])
@@ -137,9 +167,9 @@ def test_lists_hold_every_pair_once_in_order() -> None:
     indices[:, 0] = torch.where((indices == 3).any(dim=1), indices[:, 0], 3)  # a feature that always fires
     values = torch.rand(n_tokens, k, generator=generator) - 0.2
     slopes, weights = torch.randn(2, n_tokens, k, generator=generator), torch.rand(n_tokens, generator=generator)
-    lists = feature_lists.list_by_feature(
-        values.to(DEVICE), indices.int().to(DEVICE), slopes.to(DEVICE), weights.to(DEVICE), n_features
-    )
+    pairs = (values.to(DEVICE), indices.int().to(DEVICE))
+    places = feature_lists.find_places(*pairs, n_features)
+    lists = feature_lists.list_by_feature(*pairs, slopes.to(DEVICE), weights.to(DEVICE), places)
     expected = [
         (f, n, float(values[n, j]), float(slopes[:, n, j].sum() * weights[n]))
         for f in range(n_features)
@@ -172,6 +202,16 @@ def test_tokens_are_weighed_by_the_objectives_rule(n_tokens: int, clip: float, m
     found = scalars.weigh_tokens(parts, clip, 7)
     assert torch.allclose(found.weights, expected) and (clip == 0) == bool((expected == 1).all())
     assert torch.allclose(found.loss, (squares * expected).mean() / 7) and torch.allclose(found.mse, squares.mean() / 7)
+
+
+def test_processes_weigh_tokens_by_the_mean_length_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scalars, "_CHUNK", 16)
+    parts = torch.rand(3, 37, generator=torch.Generator().manual_seed(0)).square().to(DEVICE)
+    expected = token_weights(parts.sum(dim=0), 1.2)
+    mine, others = parts[:, :10].contiguous(), parts[:, 10:].contiguous()
+    lengths = scalars.sum_lengths(mine) + scalars.sum_lengths(others)
+    assert int(lengths[1]) == 37
+    assert torch.allclose(scalars.weigh_tokens(mine, 1.2, 7, lengths).weights, expected[:10])
 
 
 def test_a_token_that_is_not_finite_makes_the_loss_so() -> None:

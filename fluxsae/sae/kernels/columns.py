@@ -10,7 +10,7 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from fluxsae.sae.fp8 import Scaled
@@ -81,13 +81,26 @@ def mask_slopes(
 ) -> Float[Tensor, "4 F"]:
     """Turn slopes of codes into those of pre-activations, in place: slopes + penalty where codes > 0, else 0.
 
-    Returns sums over tokens: of codes · slopes, of the new slopes, of codes > 0, and of codes.
+    Returns sums over tokens: of codes > 0, of the new slopes, of codes, and of codes · slopes.
     """
     n_tokens, n_features = codes.shape
     blocks = triton.cdiv(n_tokens, _ROWS)
     parts = torch.empty(blocks, 4, n_features, device=codes.device)
     _mask_slopes[(blocks, triton.cdiv(n_features, _WIDE))](
         codes, slopes, penalty, parts, n_tokens, n_features, ROWS=_ROWS, COLUMNS=_WIDE
+    )
+    return parts.sum(0)
+
+
+def mask(active: UInt8[Tensor, "N B"], slopes: Float[Tensor, "N F"]) -> Float[Tensor, "2 F"]:
+    """What `mask_slopes` does without a penalty, where `active` has the bits that `keep_largest` writes: a sixteenth of
+    the codes to read. Returns the first two of its sums."""
+    n_tokens, n_features = slopes.shape
+    blocks = triton.cdiv(n_tokens, _ROWS)
+    parts = torch.empty(blocks, 2, n_features, device=slopes.device)
+    n_bytes = 64
+    _mask[(blocks, triton.cdiv(n_features, 8 * n_bytes))](
+        active, slopes, parts, n_tokens, n_features, ROWS=_ROWS, BYTES=n_bytes
     )
     return parts.sum(0)
 
@@ -165,10 +178,10 @@ def _mask_slopes(codes, slopes, penalty, parts, n_tokens, n_features, ROWS: tl.c
     f = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     extra = tl.load(penalty)
     STEP: tl.constexpr = 4
-    along = tl.zeros([STEP, COLUMNS], tl.float32)
-    bias = tl.zeros([STEP, COLUMNS], tl.float32)
     fired = tl.zeros([STEP, COLUMNS], tl.float32)
+    bias = tl.zeros([STEP, COLUMNS], tl.float32)
     total = tl.zeros([STEP, COLUMNS], tl.float32)
+    along = tl.zeros([STEP, COLUMNS], tl.float32)
     for i in range(0, ROWS, STEP):
         n = tl.program_id(0) * ROWS + i + tl.arange(0, STEP)
         inside = (n < n_tokens)[:, None] & (f < n_features)[None, :]
@@ -178,12 +191,38 @@ def _mask_slopes(codes, slopes, penalty, parts, n_tokens, n_features, ROWS: tl.c
         active = code > 0
         masked = tl.where(active, slope + extra, 0.0)
         tl.store(slopes + at, masked.to(slopes.dtype.element_ty), mask=inside)
-        along += code * slope
-        bias += masked
         fired += active.to(tl.float32)
+        bias += masked
         total += code
+        along += code * slope
     at = parts + tl.program_id(0).to(tl.int64) * 4 * n_features + f
-    tl.store(at, tl.sum(along, 0), mask=f < n_features)
+    tl.store(at, tl.sum(fired, 0), mask=f < n_features)
     tl.store(at + n_features, tl.sum(bias, 0), mask=f < n_features)
-    tl.store(at + 2 * n_features, tl.sum(fired, 0), mask=f < n_features)
-    tl.store(at + 3 * n_features, tl.sum(total, 0), mask=f < n_features)
+    tl.store(at + 2 * n_features, tl.sum(total, 0), mask=f < n_features)
+    tl.store(at + 3 * n_features, tl.sum(along, 0), mask=f < n_features)
+
+
+@no_type_check
+@triton.jit
+def _mask(active, slopes, parts, n_tokens, n_features, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    byte = tl.program_id(1) * BYTES + tl.arange(0, BYTES)
+    bit = tl.arange(0, 8)[None, None, :]
+    n_bytes = n_features // 8
+    f = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    STEP: tl.constexpr = 4
+    fired = tl.zeros([STEP, BYTES, 8], tl.float32)
+    bias = tl.zeros([STEP, BYTES, 8], tl.float32)
+    for i in range(0, ROWS, STEP):
+        n = (tl.program_id(0) * ROWS + i + tl.arange(0, STEP)).to(tl.int64)
+        here = (n < n_tokens)[:, None] & (byte < n_bytes)[None, :]
+        bits = tl.load(active + n[:, None] * n_bytes + byte[None, :], mask=here, other=0).to(tl.int32)
+        at = n[:, None, None] * n_features + f[None, :, :]
+        slope = tl.load(slopes + at, mask=here[:, :, None], other=0.0)
+        kept = (bits[:, :, None] >> bit) & 1
+        slope = tl.where(kept > 0, slope, 0.0)
+        tl.store(slopes + at, slope, mask=here[:, :, None])
+        fired += kept.to(tl.float32)
+        bias += slope.to(tl.float32)
+    at = parts + tl.program_id(0).to(tl.int64) * 2 * n_features + f
+    tl.store(at, tl.sum(fired, 0), mask=(byte < n_bytes)[:, None])
+    tl.store(at + n_features, tl.sum(bias, 0), mask=(byte < n_bytes)[:, None])

@@ -18,6 +18,7 @@ from torch import Tensor
 PIECE = 64
 """Entries of a feature's list that one program sums; a longer list is cut into pieces, so that none is waited for."""
 _SCAN = 8192
+_PAIRS = 256
 
 
 class FeatureLists(NamedTuple):
@@ -41,23 +42,26 @@ def most_pieces(n_tokens: int, k: int) -> int:
     return n_tokens * k // PIECE
 
 
-def list_by_feature(
-    values: Float[Tensor, "N K"],
-    indices: Int[Tensor, "N K"],
-    slopes: Float[Tensor, "P N K"],
-    weights: Float[Tensor, "N"],
-    n_features: int,
-) -> FeatureLists:
-    """The lists, with slopes summed over tiles and times their token's weight."""
+class Places(NamedTuple):
+    """Where each pair's place is in the lists: bits of who fired, how many fired in earlier words, and of the lists
+    what `FeatureLists` says."""
+
+    words: Int[Tensor, "W F"]
+    before: Int[Tensor, "W F"]
+    counts: Int[Tensor, "F"]
+    starts: Int[Tensor, "F"]
+    pieces: Int[Tensor, "F"]
+    owners: Int[Tensor, "R"]
+
+
+def find_places(values: Float[Tensor, "N K"], indices: Int[Tensor, "N K"], n_features: int) -> Places:
+    """All of the lists but what they hold."""
     n_tokens, k = values.shape
     n_words = -(-n_tokens // 32)
     words = indices.new_zeros(n_words, n_features)
     before = torch.empty_like(words)
     counts = indices.new_empty(n_features)
-    pairs = (n_tokens * k,)
-    block = 256
-    grid = (triton.cdiv(pairs[0], block),)
-    _mark[grid](values, indices, words, n_tokens, n_features, k, BLOCK=block)
+    _mark[(triton.cdiv(n_tokens * k, _PAIRS),)](values, indices, words, n_tokens, n_features, k, BLOCK=_PAIRS)
     features = 16
     _count[(triton.cdiv(n_features, features),)](
         words, before, counts, n_words, n_features, WORDS=triton.next_power_of_2(n_words), FEATURES=features
@@ -69,14 +73,26 @@ def list_by_feature(
         counts, pieces, owners, n_features, PIECE=PIECE, MOST=triton.next_power_of_2(-(-n_tokens // PIECE)),
         FEATURES=features,
     )  # fmt: skip
-    tokens = indices.new_empty(pairs)
-    listed_values, listed_slopes = torch.empty(2, *pairs, device=values.device).unbind()
-    _place[grid](
-        *(values, indices, slopes, weights, words, before, starts, tokens, listed_values, listed_slopes),
-        *(n_tokens, n_features, k, slopes.shape[0]),
-        BLOCK=block,
+    return Places(words, before, counts, starts, pieces, owners)
+
+
+def list_by_feature(
+    values: Float[Tensor, "N K"],
+    indices: Int[Tensor, "N K"],
+    slopes: Float[Tensor, "P N K"],
+    weights: Float[Tensor, "N"],
+    places: Places,
+) -> FeatureLists:
+    """The lists, with slopes summed over tiles and times their token's weight."""
+    n_tokens, k = values.shape
+    tokens = indices.new_empty(n_tokens * k)
+    listed_values, listed_slopes = torch.empty(2, n_tokens * k, device=values.device).unbind()
+    _place[(triton.cdiv(n_tokens * k, _PAIRS),)](
+        *(values, indices, slopes, weights, places.words, places.before, places.starts),
+        *(tokens, listed_values, listed_slopes, n_tokens, len(places.counts), k, len(slopes)),
+        BLOCK=_PAIRS,
     )
-    return FeatureLists(tokens, listed_values, listed_slopes, counts, starts, pieces, owners)
+    return FeatureLists(tokens, listed_values, listed_slopes, *places[2:])
 
 
 @no_type_check

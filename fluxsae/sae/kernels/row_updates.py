@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, no_type_check
 
-import torch
 import triton
 import triton.language as tl
 from jaxtyping import Float, Int
@@ -45,11 +44,10 @@ class Auxiliary(NamedTuple):
 
 
 class UnitRows(NamedTuple):
-    """What keeps rows at unit length, tile by tile.
+    """What keeps rows at unit length that are worked on tile by tile.
 
-    The weight's rows are read times `scale`, and written at unit length where one tile holds a whole row; `along` is
-    the gradient along each unit row, which is taken away; `squares` takes each tile's part of the stepped row's squared
-    length.
+    The weight's rows are read times `scale`; `along` is the gradient along each unit row, which is taken away;
+    `squares` takes each tile's part of the stepped row's squared length.
     """
 
     scale: Float[Tensor, "F"]
@@ -126,13 +124,14 @@ def update_given(
     gradient: Float[Tensor, "F D"],
     hyper: Float[Tensor, "5"],
     betas: tuple[float, float],
-    unit: UnitRows | None = None,
     aux: Auxiliary | None = None,
+    unit: bool = False,
 ) -> None:
-    """Adam's step with the gradient hyper[2] · (gradient + auxiliary rows); unit rows are done whole."""
-    tile = triton.next_power_of_2(state.weight.shape[1]) if unit is not None else TILE
+    """Adam's step with the gradient hyper[2] · (gradient + auxiliary rows). With `unit`, rows of unit length stay so:
+    what of the gradient is along them is taken away, and they are written at unit length."""
+    tile = triton.next_power_of_2(state.weight.shape[1]) if unit else TILE
     num_warps = max(2, min(16, tile // 512))
-    _launch(state, None, None, None, None, gradient, hyper, betas, unit, aux, 1.0, tile, num_warps)
+    _launch(state, None, None, None, None, gradient, hyper, betas, None, aux, 1.0, tile, num_warps, unit)
 
 
 def _launch(
@@ -149,6 +148,7 @@ def _launch(
     factor: float,
     tile: int,
     num_warps: int,
+    whole: bool = False,
 ) -> None:
     n_features, d_in = state.weight.shape
     block = min(tile, triton.next_power_of_2(d_in))
@@ -163,8 +163,7 @@ def _launch(
         *(n_features, d_in, factor),
         *(1 - beta for beta in betas),
         GATHER=lists is not None,
-        UNIT=unit is not None,
-        WHOLE=block >= d_in,
+        WHOLE=whole,
         AUX=aux is not None,
         PIECE=PIECE,
         ROWS=_ROWS,
@@ -175,8 +174,9 @@ def _launch(
 
 def unit_scale(squares: Float[Tensor, "P F"], scale: Float[Tensor, "F"], hyper: Float[Tensor, "5"]) -> None:
     """Write 1 / length of the stepped rows to `scale`, where a step was taken."""
-    length = squares.sum(0).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
-    scale.copy_(torch.where(hyper[3] > 0, 1 / length, scale))
+    n_tiles, n_features = squares.shape
+    block = 256
+    _unit_scale[(triton.cdiv(n_features, block),)](squares, scale, hyper, n_features, n_tiles, BLOCK=block)
 
 
 def feature_sums(lists: FeatureLists, along: Float[Tensor, "F"], bias_gradient: Float[Tensor, "F"]) -> None:
@@ -185,6 +185,17 @@ def feature_sums(lists: FeatureLists, along: Float[Tensor, "F"], bias_gradient: 
     _feature_sums[(n_features,)](
         *(lists.values, lists.slopes, lists.counts, lists.starts, along, bias_gradient), BLOCK=128, num_warps=1
     )
+
+
+@no_type_check
+@triton.jit
+def _unit_scale(squares, scale, hyper, n_features, n_tiles, BLOCK: tl.constexpr):
+    f = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.load(hyper + 3) > 0:
+        square = tl.zeros([BLOCK], tl.float32)
+        for tile in range(n_tiles):
+            square += tl.load(squares + tile * n_features + f, mask=f < n_features, other=0.0)
+        tl.store(scale + f, tl.rsqrt(tl.maximum(square, 1e-30)), mask=f < n_features)
 
 
 @no_type_check
@@ -337,7 +348,6 @@ def _update(
     RATE1,
     RATE2,
     GATHER: tl.constexpr,
-    UNIT: tl.constexpr,
     WHOLE: tl.constexpr,
     AUX: tl.constexpr,
     PIECE: tl.constexpr,
@@ -364,14 +374,16 @@ def _update(
         w = tl.load(weight + at, mask=inside, other=0.0)  # not sooner: registers are what keeps more rows out of flight
         m = tl.load(exp_avg + at, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
-        if UNIT:
+        if unit_scale is not None:
             w *= tl.load(unit_scale + f)
             g -= tl.load(unit_along + f) * w
+        if WHOLE:
+            g -= tl.sum(g * w, 0) * w
         g *= tl.load(hyper + 2)
         m += RATE1 * (g - m)
         v += RATE2 * (g * g - v)
         w -= tl.load(hyper) * m / (tl.sqrt(v) * tl.load(hyper + 1) + tl.load(hyper + 4))
-        if UNIT and WHOLE:
+        if WHOLE:
             w *= tl.rsqrt(tl.maximum(tl.sum(tl.where(inside, w * w, 0.0), 0), 1e-30))
         tl.store(weight + at, w, mask=inside)
         tl.store(exp_avg + at, m, mask=inside)
@@ -380,5 +392,5 @@ def _update(
             tl.store(low + at, to_fp8(w, tl.load(low_scale)), mask=inside)
         else:
             tl.store(low + at, w.to(low.dtype.element_ty), mask=inside)
-        if UNIT:
+        if unit_squares is not None:
             tl.store(unit_squares + tile.to(tl.int64) * n_features + f, tl.sum(tl.where(inside, w * w, 0.0), 0))

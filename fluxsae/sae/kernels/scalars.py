@@ -26,22 +26,28 @@ class Weighed(NamedTuple):
 
 
 def weigh_tokens(
-    squares: Float[Tensor, "P N"], clip: float, d_in: int, mean_length: Float[Tensor, ""] | None = None
+    squares: Float[Tensor, "P N"], clip: float, d_in: int, lengths: Float[Tensor, "2"] | None = None
 ) -> Weighed:
     """From squared lengths of errors, whose parts the P tiles hold; `clip` as in `token_weights`.
 
-    `mean_length` is that of the errors of all processes, where there are others.
+    `lengths` are the `sum_lengths` of all processes, where there are others.
     """
     n_tiles, n_tokens = squares.shape
     weights = torch.empty(n_tokens, device=squares.device)
     means = torch.empty(2, device=squares.device)
     _weigh_tokens[(1,)](
-        *(squares, weights, means, mean_length, n_tokens, n_tiles, clip, d_in),
-        GIVEN=mean_length is not None,
+        *(squares, weights, means, lengths, n_tokens, n_tiles, clip, d_in),
         CHUNK=_CHUNK,
         num_warps=16,
     )
     return Weighed(weights, *means.unbind())
+
+
+def sum_lengths(squares: Float[Tensor, "P N"]) -> Float[Tensor, "2"]:
+    """The sum of the errors' lengths, and how many errors there are."""
+    sums = torch.empty(2, device=squares.device)
+    _sum_lengths[(1,)](squares, sums, squares.shape[1], len(squares), CHUNK=_CHUNK, num_warps=16)
+    return sums
 
 
 def add_penalty(
@@ -85,16 +91,27 @@ def _squares(squares, n, n_tokens, n_tiles, CHUNK: tl.constexpr):
 
 @no_type_check
 @triton.jit
-def _weigh_tokens(
-    squares, weights, means, mean_length, n_tokens, n_tiles, clip, d_in, GIVEN: tl.constexpr, CHUNK: tl.constexpr
-):
-    if GIVEN:
-        longest = clip * tl.load(mean_length)
+def _length(squares, n_tokens, n_tiles, CHUNK: tl.constexpr):
+    total = tl.zeros([CHUNK], tl.float32)
+    for begin in range(0, n_tokens, CHUNK):
+        total += tl.sqrt(_squares(squares, begin + tl.arange(0, CHUNK), n_tokens, n_tiles, CHUNK))
+    return tl.sum(total, 0)
+
+
+@no_type_check
+@triton.jit
+def _sum_lengths(squares, sums, n_tokens, n_tiles, CHUNK: tl.constexpr):
+    tl.store(sums, _length(squares, n_tokens, n_tiles, CHUNK))
+    tl.store(sums + 1, 1.0 * n_tokens)
+
+
+@no_type_check
+@triton.jit
+def _weigh_tokens(squares, weights, means, lengths, n_tokens, n_tiles, clip, d_in, CHUNK: tl.constexpr):
+    if lengths is not None:
+        longest = clip * tl.load(lengths) / tl.load(lengths + 1)
     else:
-        lengths = tl.zeros([CHUNK], tl.float32)
-        for begin in range(0, n_tokens, CHUNK):
-            lengths += tl.sqrt(_squares(squares, begin + tl.arange(0, CHUNK), n_tokens, n_tiles, CHUNK))
-        longest = clip * tl.sum(lengths, 0) / n_tokens
+        longest = clip * _length(squares, n_tokens, n_tiles, CHUNK) / n_tokens
     plain = tl.zeros([CHUNK], tl.float32)
     weighted = tl.zeros([CHUNK], tl.float32)
     for begin in range(0, n_tokens, CHUNK):

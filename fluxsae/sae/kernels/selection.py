@@ -11,17 +11,17 @@ from typing import no_type_check
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 _GROUPS = 512
 _PER_GROUP = 32
 """The most features of one group."""
 _WIDEST = 32768
-"""The widest row that `keep_largest` holds in registers."""
+"""The widest row that is held in registers."""
 _CHUNK = 4096
-_ROWS = 16
-"""Rows that one program looks after, of which seldom any needs it."""
+_AGAIN = 512
+"""Programs that share out the rows that are looked at again."""
 
 
 def select(
@@ -32,6 +32,7 @@ def select(
     Where fewer than k are positive, value 0 at index 0 fills the rest. NaN counts as larger than any number, so it is
     among the values. The k-th largest of the maxima of many groups of features is not above the k-th largest entry,
     so one pass over a row finds the few groups that can hold an entry as large, and only those are looked at again.
+    Rows with so many equal entries that these groups are many are searched whole.
     """
     n_tokens, n_features = pre_acts.shape
     k = values.shape[1]
@@ -40,9 +41,10 @@ def select(
     groups = min(groups, triton.next_power_of_2(n_features))
     room = min(2 * block_k, groups)
     chosen = torch.empty(n_tokens, room, device=pre_acts.device, dtype=torch.int32)
-    too_many = torch.empty(n_tokens, device=pre_acts.device, dtype=torch.int32)
-    arguments = (pre_acts, bias, values, indices, too_many)
-    bits = _bits(pre_acts)
+    again = torch.empty(1 + n_tokens, device=pre_acts.device, dtype=torch.int32)
+    again[:1].zero_()
+    arguments = (pre_acts, bias, values, indices, again)
+    bits, block = _bits(pre_acts), triton.next_power_of_2(n_features)
     _select[(n_tokens,)](
         *(*arguments, chosen, n_features, k),
         BITS=bits,
@@ -52,29 +54,52 @@ def select(
         BLOCK_K=block_k,
         num_warps=max(1, groups // 1024),
     )
-    _select_again[(triton.cdiv(n_tokens, _ROWS),)](
-        *(*arguments, n_tokens, n_features, k), BITS=bits, ROWS=_ROWS, CHUNK=_CHUNK // 2, num_warps=2
+    _select_again[(min(n_tokens, _AGAIN),)](
+        *(*arguments, n_features, k),
+        BITS=bits,
+        BLOCK=min(block, _CHUNK) if block > _WIDEST else block,
+        WIDE=block > _WIDEST,
+        num_warps=8,
     )
 
 
-def keep_largest(pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"], k: int) -> None:
-    """Write codes: the k largest of pre_acts in their places, where positive, and 0 elsewhere; may be in place."""
+def keep_largest(
+    pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"], k: int, active: UInt8[Tensor, "N B"] | None = None
+) -> None:
+    """Write codes: the k largest of pre_acts in their places, where positive, and 0 elsewhere; may be in place.
+
+    Where `packs` says so, `active` takes a bit a feature, the lowest first: 1 where its code is above 0.
+    """
     n_tokens, n_features = pre_acts.shape
     bits, block = _bits(pre_acts), triton.next_power_of_2(n_features)
     if block > _WIDEST:
         _keep_wide[(n_tokens,)](pre_acts, codes, n_features, k, BITS=bits, CHUNK=_CHUNK, num_warps=8)
-    elif bits == 15 and n_features % 2 == 0:
+    elif packs(n_features, pre_acts.dtype):
         pairs = (pre_acts.view(torch.int32), codes.view(torch.int32))
-        parts = max(1, min(32, block // 64))
+        block, rest = _two_blocks(n_features // 2)
         _keep_pairs[(n_tokens,)](
-            *(*pairs, n_features // 2, k),
-            BLOCK=block // 2,
-            PARTS=parts,
-            num_warps=_warps(block // 2),
+            *(*pairs, active, n_features // 2, k),
+            BLOCK=block,
+            REST=rest,
+            PART=max(4, block // 32),
+            num_warps=_warps(block),
             maxnreg=80,  # for three rows of 16,384 at a time on a multiprocessor instead of two
         )
     else:
         _keep[(n_tokens,)](pre_acts, codes, n_features, k, BITS=bits, BLOCK=block, num_warps=_warps(block))
+
+
+def packs(n_features: int, dtype: torch.dtype) -> bool:
+    """Whether `keep_largest` can say in bits which codes of such rows are above 0."""
+    return dtype.itemsize == 2 and n_features % 8 == 0 and n_features <= _WIDEST
+
+
+def _two_blocks(n: int) -> tuple[int, int]:
+    """The powers of two, the second not above the first or 0, that hold n between them with the least left over."""
+    one = triton.next_power_of_2(n)
+    first = max(4, one // 2)
+    rest = max(4, triton.next_power_of_2(n - first)) if n > first else 0
+    return (first, rest) if first + rest < one else (max(4, one), 0)
 
 
 def _bits(pre_acts: Tensor) -> int:
@@ -137,7 +162,7 @@ def _select(
     bias,
     values,
     indices,
-    too_many,
+    again,
     chosen,
     n_features,
     k,
@@ -163,7 +188,8 @@ def _select(
     place = tl.cumsum(hit.to(tl.int32), 0) - 1
     n_hit = tl.sum(hit.to(tl.int32), 0)
     tl.store(chosen + row * ROOM + place, group, mask=hit & (place < ROOM))
-    tl.store(too_many + row, (n_hit > ROOM).to(tl.int32))
+    if n_hit > ROOM:  # rows are counted, then named
+        tl.store(again + 1 + tl.atomic_add(again, 1), row.to(tl.int32))
     tl.debug_barrier()  # other lanes read what these wrote
 
     j = tl.arange(0, ROOM)
@@ -229,40 +255,49 @@ def _select_again(
     bias,
     values,
     indices,
-    too_many,
-    n_tokens,
+    again,
     n_features,
     k,
     BITS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    """Rows with so many equal entries that the groups that may hold one of the largest did not fit their room."""
-    first = tl.program_id(0).to(tl.int64) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    if tl.max(tl.load(too_many + rows, mask=rows < n_tokens, other=0), 0) > 0:
-        for i in range(ROWS):
-            row = first + i
-            if tl.load(too_many + row, mask=row < n_tokens, other=0) > 0:
-                threshold, n_above = _search(pre_acts, bias, row, n_features, k, True, BITS, CHUNK)
-                above = 0
-                equal = 0
-                for begin in range(0, n_features, CHUNK):
-                    cols = begin + tl.arange(0, CHUNK)
-                    key = _row_keys(pre_acts, bias, row, cols, n_features, True, BITS)
-                    above, equal = _emit(key, cols, row, above, equal, n_above, threshold, values, indices, k, BITS)
+    """The rows that are named in `again`, where the groups that may hold one of the largest did not fit their room."""
+    cols = tl.arange(0, BLOCK)
+    for i in range(tl.program_id(0), tl.load(again), tl.num_programs(0)):
+        row = tl.load(again + 1 + i).to(tl.int64)
+        if WIDE:
+            threshold, n_above = _search(pre_acts, bias, row, n_features, k, True, BITS, BLOCK)
+            above = 0
+            equal = 0
+            for begin in range(0, n_features, BLOCK):
+                key = _row_keys(pre_acts, bias, row, begin + cols, n_features, True, BITS)
+                above, equal = _emit(key, begin + cols, row, above, equal, n_above, threshold, values, indices, k, BITS)
+        else:
+            key = _row_keys(pre_acts, bias, row, cols, n_features, True, BITS)
+            threshold = _largest_reached(key, k, 0, tl.max(key, 0) + 1)
+            n_above = tl.sum((key > threshold).to(tl.int32), 0)
+            _emit(key, cols, row, 0, 0, n_above, threshold, values, indices, k, BITS)
 
 
 @no_type_check
 @triton.jit
-def _keep_pairs(pre_acts, codes, n_pairs, k, BLOCK: tl.constexpr, PARTS: tl.constexpr):
-    """Two bf16 keys a word: with bit 15 of both halves set, one addition compares both with a candidate."""
+def _keep_pairs(pre_acts, codes, active, n_pairs, k, BLOCK: tl.constexpr, REST: tl.constexpr, PART: tl.constexpr):
+    """Two bf16 keys a word: with bit 15 of both halves set, one addition compares both with a candidate.
+
+    A row lies in registers as BLOCK pairs and REST more.
+    """
     row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    x = _positive_halves(tl.load(pre_acts + row * n_pairs + i, mask=i < n_pairs, other=0))
+    pre_acts += row * n_pairs
+    x = _positive_pairs(pre_acts, tl.arange(0, BLOCK), n_pairs)
+    y = x
+    if REST:
+        y = _positive_pairs(pre_acts, BLOCK + tl.arange(0, REST), n_pairs)
     top = tl.max(tl.maximum(x >> 16, x & 0xFFFF), 0)
+    if REST:
+        top = tl.maximum(top, tl.max(tl.maximum(y >> 16, y & 0xFFFF), 0))
     guess = tl.maximum(top - 512, 0)  # sixteen times smaller than the largest
-    n = _n_reach(x, guess)
+    n = _n_reach(x, y, guess, BLOCK, REST)
     low, n_low = tl.where(n >= k, guess, 0), tl.where(n >= k, n, 2 * n_pairs)
     high, n_high = tl.where(n >= k, top + 1, guess), tl.where(n >= k, 0, n)
     while high - low > 1:  # between halving and the secant: seven rounds where halving takes ten
@@ -270,34 +305,63 @@ def _keep_pairs(pre_acts, codes, n_pairs, k, BLOCK: tl.constexpr, PARTS: tl.cons
         margin = tl.maximum(width // 8, 1)
         step = width * (n_low - k) // tl.maximum(n_low - n_high, 1)
         middle = low + tl.minimum(tl.maximum(step, margin), width - margin)
-        n = _n_reach(x, middle)
+        n = _n_reach(x, y, middle, BLOCK, REST)
         low, n_low = tl.where(n >= k, middle, low), tl.where(n >= k, n, n_low)
         high, n_high = tl.where(n >= k, high, middle), tl.where(n >= k, n_high, n)
-    room = k - _n_reach(x, low + 1)
-
-    # Of those that equal the threshold, the first `room` stay: whole parts of the row, then some of one part.
-    PART: tl.constexpr = BLOCK // PARTS
-    equal = _n_halves(_reach(x, low) ^ _reach(x, low + 1))
-    of_part = tl.sum(tl.reshape(equal, [PARTS, PART]), 1)
-    whole = tl.sum((tl.cumsum(of_part, 0) <= room).to(tl.int32), 0)
-    room -= tl.sum(tl.where(tl.arange(0, PARTS) < whole, of_part, 0), 0)
-    begin = whole * PART
-    kept = x & (_reach(x, tl.where(i < begin, low, low + 1)) * 0xFFFF)
-    tl.store(codes + row * n_pairs + i, kept, mask=(i < n_pairs) & ((i < begin) | (i >= begin + PART)))
-    j = begin + tl.arange(0, PART)
-    x = _positive_halves(tl.load(pre_acts + row * n_pairs + j, mask=j < n_pairs, other=0))
-    above = _reach(x, low + 1)
-    equal = _reach(x, low) ^ above
-    upper = equal >> 16
-    run = tl.cumsum(_n_halves(equal), 0)
-    equal = ((equal & 1) & (run - upper <= room).to(tl.int32)) | ((upper & (run <= room).to(tl.int32)) << 16)
-    tl.store(codes + row * n_pairs + j, x & ((above | equal) * 0xFFFF), mask=j < n_pairs)
+    room = k - _n_reach(x, y, low + 1, BLOCK, REST)
+    codes += row * n_pairs
+    if active is not None:
+        active += row * (n_pairs // 4)
+    room = _keep_block(x, 0, low, room, pre_acts, codes, active, n_pairs, BLOCK, PART)
+    if REST:
+        _keep_block(y, BLOCK, low, room, pre_acts, codes, active, n_pairs, REST, PART)
 
 
 @no_type_check
 @triton.jit
-def _positive_halves(pairs):
-    """0 for negative halves."""
+def _keep_block(x, first, low, room, pre_acts, codes, active, n_pairs, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Write what stays of a block: what is above `low`, and of its equals as many as there is room for, from the first
+    on: whole parts of the block, then some of one part. Returns the room that is left."""
+    PARTS: tl.constexpr = BLOCK // PART
+    equal = _n_halves(_reach(x, low) ^ _reach(x, low + 1))
+    of_part = tl.sum(tl.reshape(equal, [PARTS, PART]), 1)
+    whole = tl.sum((tl.cumsum(of_part, 0) <= room).to(tl.int32), 0)
+    left = room - tl.sum(tl.where(tl.arange(0, PARTS) < whole, of_part, 0), 0)
+    i = tl.arange(0, BLOCK)
+    begin = whole * PART
+    kept = x & (_reach(x, tl.where(i < begin, low, low + 1)) * 0xFFFF)
+    _store_pairs(kept, first, begin, codes, active, n_pairs, BLOCK, PART)
+    j = tl.arange(0, PART)
+    x = _positive_pairs(pre_acts, first + begin + j, n_pairs)
+    above = _reach(x, low + 1)
+    equal = _reach(x, low) ^ above
+    upper = equal >> 16
+    run = tl.cumsum(_n_halves(equal), 0)
+    equal = ((equal & 1) & (run - upper <= left).to(tl.int32)) | ((upper & (run <= left).to(tl.int32)) << 16)
+    kept = x & ((above | equal) * 0xFFFF)
+    _store_pairs(kept, first + begin, tl.where(begin < BLOCK, PART, 0), codes, active, n_pairs, PART, PART)
+    return tl.where(whole < PARTS, 0, left)
+
+
+@no_type_check
+@triton.jit
+def _store_pairs(kept, first, hole, codes, active, n_pairs, BLOCK: tl.constexpr, PART: tl.constexpr):
+    """Write pairs of a row from `first` on, and their bits, four pairs a byte, but not the PART of them at `hole`."""
+    i = tl.arange(0, BLOCK)
+    tl.store(codes + first + i, kept, mask=((i < hole) | (i >= hole + PART)) & (first + i < n_pairs))
+    if active is not None:
+        bits = ((kept + 0x7FFF7FFF) >> 15) & 0x00010001  # 1 in each half above 0
+        bits = ((bits | (bits >> 15)) & 3) << (i % 4 * 2)
+        j = tl.arange(0, BLOCK // 4)
+        inside = ((4 * j < hole) | (4 * j >= hole + PART)) & (first + 4 * j < n_pairs)
+        tl.store(active + first // 4 + j, tl.sum(tl.reshape(bits, [BLOCK // 4, 4]), 1).to(tl.uint8), mask=inside)
+
+
+@no_type_check
+@triton.jit
+def _positive_pairs(pre_acts, i, n_pairs):
+    """Pairs of a row, halves that are negative as 0."""
+    pairs = tl.load(pre_acts + i, mask=i < n_pairs, other=0)
     return pairs & ((((pairs >> 15) & 0x00010001) * 0xFFFF) ^ -1)
 
 
@@ -316,8 +380,12 @@ def _n_halves(halves):
 
 @no_type_check
 @triton.jit
-def _n_reach(pairs, candidate):
-    return _n_halves(tl.sum(_reach(pairs, candidate), 0))
+def _n_reach(x, y, candidate, BLOCK: tl.constexpr, REST: tl.constexpr):
+    """How many halves of both blocks reach the candidate."""
+    reached = _reach(x, candidate)
+    if REST:
+        reached = tl.sum(tl.reshape(reached, [BLOCK // REST, REST]), 0) + _reach(y, candidate)
+    return _n_halves(tl.sum(reached, 0))
 
 
 @no_type_check

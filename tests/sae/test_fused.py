@@ -12,11 +12,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from fluxsae.sae import L1, SAE, TopK, auxiliary
-from fluxsae.sae import fused as fused_step
+from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.dead import aux_error
 from fluxsae.sae.fp8 import straight_through
-from fluxsae.sae.fused import FusedStep, Settings
+from fluxsae.sae.fused import FusedStep, Settings, auxiliary
+from fluxsae.sae.fused import step as fused_step
 from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, scalars, selection
 from fluxsae.sae.objective import squared_errors, token_weights
 from tests.synthetic import randomised
@@ -319,11 +319,13 @@ def test_an_fp8_encoder_rounds_tokens_and_weights_and_nothing_else(sae: SAE, n_t
     for step in range(3):
         tokens = 1 + 2 * torch.randn(n_tokens - step, sae.d_in, generator=generator).to(DEVICE)
         outcome = fused.forward(tokens, dead, 0.1 * isinstance(sae, L1))
-        weights, x = fused.enc_fp8, fused._x_fp8
+        weights, x = fused.copies.enc_fp8, fused.passes.x_fp8
         assert weights is not None and x is not None
         smallest = 2**-9  # of e4m3
         assert torch.allclose(weights.decoded(), sae.W_enc, rtol=1 / 16, atol=smallest * float(weights.inverse))
-        assert torch.allclose(x.part(len(tokens)).decoded(), fused.x, rtol=1 / 16, atol=smallest * float(x.inverse))
+        assert torch.allclose(
+            x.part(len(tokens)).decoded(), fused.passes.x, rtol=1 / 16, atol=smallest * float(x.inverse)
+        )
         rounded = (x.part(len(tokens)).decoded().clone(), weights.decoded().clone())
         plain.sae.project = partial(project_rounded, plain.sae, rounded)  # type: ignore[method-assign]
         expected = plain.step(tokens, dead, 0.1 * isinstance(sae, L1), 0.01)

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 
 from fluxsae.explain import explain
 from fluxsae.features import Selection, read_features
-from fluxsae.figures.compare_sites import check_same_images, compare_sites, site_features
+from fluxsae.figures.compare_sites import both_sites, compare_sites
 from fluxsae.figures.contact_sheet import Layout, contact_sheet, sheet_rows
 from fluxsae.figures.decoder import decoder
 from fluxsae.figures.density import density, frequencies
@@ -93,7 +93,6 @@ def draw_figures(config: Path) -> list[Path]:
         decoder(weights, figures.select.rows(), place("decoder"))
     if figures.sites:
         left, right = (Scores.open(site.scores) for site in figures.sites)
-        check_same_images(left, right)
-        shown = [site_features(s, site.select.rows()) for s, site in zip((left, right), figures.sites, strict=True)]
-        compare_sites(shown[0], shown[1], place("compare_sites"))
+        chosen = [site.select.rows() for site in figures.sites]
+        compare_sites(*both_sites(left, right, chosen[0], chosen[1]), place("compare_sites"))
     return drawn

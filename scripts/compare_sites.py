@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from fluxsae.features import Selection
-from fluxsae.figures.compare_sites import check_same_images, compare_sites, site_features
+from fluxsae.figures.compare_sites import both_sites, compare_sites
 from fluxsae.scoring import Scores
 
 
@@ -25,12 +25,11 @@ def main() -> None:
     parser.add_argument("--rank-by", choices=("coherence", "max", "frequency", "feature"), default="coherence")
     given = parser.parse_args()
     left, right = Scores.open(given.left_scores), Scores.open(given.right_scores)
-    check_same_images(left, right)
-    tables = [
-        Selection(table, given.n_features, given.rank_by) for table in (given.left_features, given.right_features)
+    features = [
+        Selection(table, given.n_features, given.rank_by).rows()
+        for table in (given.left_features, given.right_features)
     ]
-    sites = [site_features(scores, table.rows()) for scores, table in zip((left, right), tables, strict=True)]
-    compare_sites(sites[0], sites[1], given.out)
+    compare_sites(*both_sites(left, right, features[0], features[1]), given.out)
     print(given.out)
 
 

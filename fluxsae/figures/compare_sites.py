@@ -36,20 +36,27 @@ class SiteFeatures(NamedTuple):
     scores: Float[np.ndarray, "I R"]
 
 
-def site_features(scores: Scores, features: Sequence[Feature]) -> SiteFeatures:
-    """The columns of S of these features, and the site's name for the figure. Reads only those columns."""
-    columns = [feature.feature for feature in features]
-    return SiteFeatures(f"{scores.spec.site}, step {scores.spec.step}", features, np.array(scores.matrix[:, columns]))
+def both_sites(
+    left: Scores, right: Scores, left_features: Sequence[Feature], right_features: Sequence[Feature]
+) -> tuple[SiteFeatures, SiteFeatures]:
+    """The columns of S of these features, and names for the figure: of two SAEs of one site their folders', too.
 
-
-def check_same_images(left: Scores, right: Scores) -> None:
-    """ValueError unless both are scores of one generation's images."""
+    Reads only those columns. ValueError unless both are scores of one generation's images.
+    """
     different = differences(left.spec.generation, right.spec.generation)
     if different:
         raise ValueError(
             f"{left.folder} and {right.folder} score different images ({'; '.join(different)}); "
             "compare two sites or steps of one capture."
         )
+    names = [f"{scores.spec.site}, step {scores.spec.step}" for scores in (left, right)]
+    if names[0] == names[1]:
+        names = [f"{name} ({scores.folder})" for name, scores in zip(names, (left, right), strict=True)]
+    columns = [[feature.feature for feature in features] for features in (left_features, right_features)]
+    return (
+        SiteFeatures(names[0], left_features, np.array(left.matrix[:, columns[0]])),
+        SiteFeatures(names[1], right_features, np.array(right.matrix[:, columns[1]])),
+    )
 
 
 def correlation(left: Float[np.ndarray, "I R"], right: Float[np.ndarray, "I C"]) -> Float[np.ndarray, "R C"]:

@@ -10,12 +10,14 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from fluxsae.features import Feature
-from fluxsae.figures.compare_sites import SiteFeatures, compare_sites, correlation, match
+from fluxsae.figures.compare_sites import SiteFeatures, both_sites, compare_sites, correlation, match
 from fluxsae.figures.decoder import decoder
 from fluxsae.figures.density import density
 from fluxsae.figures.matrix import order_by_likeness
 from fluxsae.figures.training_curves import Curve, read_run, spread, training_curves
+from fluxsae.scoring import Scores
 from fluxsae.storage import read_csv
+from tests.synthetic import capture_spec
 
 RNG = np.random.default_rng(0)
 
@@ -89,6 +91,18 @@ def test_compare_sites(tmp_path: Path) -> None:
     path = tmp_path / "compare.png"
     compare_sites(SiteFeatures("a", features(4), left), SiteFeatures("b", features(4), right), path)
     assert is_picture(path) and len(read_csv(tmp_path / "compare_pairs.csv")) == 4
+
+
+def test_two_saes_of_one_site_are_told_apart_by_their_folders() -> None:
+    matrix = RNG.random((5, 4))
+    one, other = (Scores(Path(folder), matrix, [], capture_spec()) for folder in ("scores", "scores-l1"))
+    left, right = both_sites(one, other, features(4), features(2))
+    assert (left.name, right.name) == tuple(f"transformer_blocks.1.ff, step 2 ({f})" for f in ("scores", "scores-l1"))
+    assert np.array_equal(left.scores, matrix) and np.array_equal(right.scores, matrix[:, :2])
+    later = Scores(Path("later"), matrix, [], capture_spec(step=3))
+    assert [site.name[-6:] for site in both_sites(one, later, features(4), features(4))] == ["step 2", "step 3"]
+    with pytest.raises(ValueError, match="scores and other score different images"):
+        both_sites(one, Scores(Path("other"), matrix, [], capture_spec(size=128)), features(4), features(4))
 
 
 def test_order_puts_like_beside_like() -> None:

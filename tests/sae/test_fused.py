@@ -123,7 +123,9 @@ def test_of_many_equal_entries_the_first_are_kept(k: int, n_features: int) -> No
     assert torch.equal(codes, expected)
 
 
-@pytest.mark.parametrize(("n_features", "k"), [(8, 3), (64, 4), (328, 100), (1536, 200), (2000, 2000), (2560, 700)])
+@pytest.mark.parametrize(
+    ("n_features", "k"), [(8, 3), (64, 4), (328, 100), (1536, 200), (2000, 2000), (2056, 300), (2560, 700)]
+)
 def test_bits_say_which_codes_are_above_0(n_features: int, k: int) -> None:
     """For rows that are one block of a power of two, and two of them; and slopes are masked by bits as by codes."""
     pre = rows_to_choose_from(n_features, torch.bfloat16)

@@ -81,7 +81,7 @@ def keep_largest(
             *(*pairs, active, n_features // 2, k),
             BLOCK=block,
             REST=rest,
-            PART=max(4, block // 32),
+            PART=_part(block),
             num_warps=_warps(block),
             maxnreg=80,  # for three rows of 16,384 at a time on a multiprocessor instead of two
         )
@@ -95,11 +95,17 @@ def packs(n_features: int, dtype: torch.dtype) -> bool:
 
 
 def _two_blocks(n: int) -> tuple[int, int]:
-    """The powers of two, the second not above the first or 0, that hold n between them with the least left over."""
-    one = triton.next_power_of_2(n)
-    first = max(4, one // 2)
-    rest = max(4, triton.next_power_of_2(n - first)) if n > first else 0
-    return (first, rest) if first + rest < one else (max(4, one), 0)
+    """The powers of two that hold n between them with the least left over; the second is 0 where one holds it as well,
+    and else a part of the first at least."""
+    one = triton.next_power_of_2(max(n, 8))
+    first = one // 2
+    rest = max(_part(first), triton.next_power_of_2(max(1, n - first)))
+    return (first, rest) if first + rest < one else (one, 0)
+
+
+def _part(block: int) -> int:
+    """Into parts of how many pairs a block falls; four make a byte of bits."""
+    return max(4, block // 32)
 
 
 def _bits(pre_acts: Tensor) -> int:

@@ -51,7 +51,7 @@ def both_sites(
         )
     names = [f"{scores.spec.site}, step {scores.spec.step}" for scores in (left, right)]
     if names[0] == names[1]:
-        names = [f"{name} ({scores.folder})" for name, scores in zip(names, (left, right), strict=True)]
+        names = [f"{name}\n{scores.folder}" for name, scores in zip(names, (left, right), strict=True)]
     columns = [[feature.feature for feature in features] for features in (left_features, right_features)]
     return (
         SiteFeatures(names[0], left_features, np.array(left.matrix[:, columns[0]])),

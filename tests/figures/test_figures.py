@@ -97,7 +97,7 @@ def test_two_saes_of_one_site_are_told_apart_by_their_folders() -> None:
     matrix = RNG.random((5, 4))
     one, other = (Scores(Path(folder), matrix, [], capture_spec()) for folder in ("scores", "scores-l1"))
     left, right = both_sites(one, other, features(4), features(2))
-    assert (left.name, right.name) == tuple(f"transformer_blocks.1.ff, step 2 ({f})" for f in ("scores", "scores-l1"))
+    assert (left.name, right.name) == tuple(f"transformer_blocks.1.ff, step 2\n{f}" for f in ("scores", "scores-l1"))
     assert np.array_equal(left.scores, matrix) and np.array_equal(right.scores, matrix[:, :2])
     later = Scores(Path("later"), matrix, [], capture_spec(step=3))
     assert [site.name[-6:] for site in both_sites(one, later, features(4), features(4))] == ["step 2", "step 3"]

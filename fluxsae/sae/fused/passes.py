@@ -119,9 +119,10 @@ class Passes(ABC):
     def explain(self, encoded: Encoded) -> Found:
         """The reconstruction's error, by the decoder as it is by then, and its gradients."""
 
-    @abstractmethod
     def _widths(self) -> dict[str, tuple[int, torch.dtype]]:
         """Of which width and dtype the buffers are, a row a token."""
+        d_in, dtype = self.sae.d_in, self.settings.dtype
+        return {"x": (d_in, dtype), "error": (d_in, dtype), "pre": (self.sae.n_features, dtype)}
 
     def _centre(self, tokens: Float[Tensor, "N D"], x_fp8: Scaled | None) -> None:
         self.x = self.buffers["x"][: len(tokens)]
@@ -165,10 +166,6 @@ class Passes(ABC):
 class SparsePasses(Passes):
     """Of a TopK SAE, through gathers of decoder rows and lists of the tokens that each feature fired on."""
 
-    def _widths(self) -> dict[str, tuple[int, torch.dtype]]:
-        d_in, dtype = self.sae.d_in, self.settings.dtype
-        return {"x": (d_in, dtype), "error": (d_in, dtype), "pre": (self.sae.n_features, dtype)}
-
     def encode(self) -> Encoded:
         assert isinstance(self.sae, TopK)
         pre, bias, shape = self._project(), self.sae.b_enc, (len(self.x), self.sae.k)
@@ -198,12 +195,11 @@ class DensePasses(Passes):
     """Of an L1 or TopK SAE, by matrix products. The buffer of errors holds x until they are there."""
 
     def _widths(self) -> dict[str, tuple[int, torch.dtype]]:
-        d_in, n_features, dtype = self.sae.d_in, self.sae.n_features, self.settings.dtype
-        widths = {"x": d_in, "error": d_in, "pre": n_features, "codes": n_features}
-        buffers = {name: (width, dtype) for name, width in widths.items()}
+        n_features, dtype = self.sae.n_features, self.settings.dtype
+        widths = super()._widths() | {"codes": (n_features, dtype)}
         if isinstance(self.sae, TopK) and selection.packs(n_features, dtype):
-            buffers["active"] = (n_features // 8, torch.uint8)
-        return buffers
+            widths["active"] = (n_features // 8, torch.uint8)
+        return widths
 
     def _copy_of_x(self) -> Float[Tensor, "N D"]:
         return self.buffers["error"][: len(self.x)]

@@ -165,7 +165,7 @@ class Updates:
     ) -> None:
         """Adam's step on the features that this process steps, of what its own tokens say and what others sent.
 
-        `along` is given for rows that stay at unit length.
+        `along` is given for rows that stay at unit length; a dense pass's is empty, as it is found with whole rows.
         """
         betas, (factors, source, share, own, from_others, sent) = self.settings.betas, gradient
         sent.wait()

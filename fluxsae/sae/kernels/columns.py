@@ -19,6 +19,8 @@ from fluxsae.sae.kernels.rounding import to_fp8
 _ROWS = 128
 _COLUMNS = 128
 _WIDE = 1024
+_BYTES = 64
+"""Columns of bits that a program masks by, eight features each."""
 
 
 def centre(
@@ -98,9 +100,8 @@ def mask(active: UInt8[Tensor, "N B"], slopes: Float[Tensor, "N F"]) -> Float[Te
     n_tokens, n_features = slopes.shape
     blocks = triton.cdiv(n_tokens, _ROWS)
     parts = torch.empty(blocks, 2, n_features, device=slopes.device)
-    n_bytes = 64
-    _mask[(blocks, triton.cdiv(n_features, 8 * n_bytes))](
-        active, slopes, parts, n_tokens, n_features, ROWS=_ROWS, BYTES=n_bytes
+    _mask[(blocks, triton.cdiv(n_features, 8 * _BYTES))](
+        active, slopes, parts, n_tokens, n_features, ROWS=_ROWS, BYTES=_BYTES
     )
     return parts.sum(0)
 

@@ -54,12 +54,9 @@ def select(
         BLOCK_K=block_k,
         num_warps=max(1, groups // 1024),
     )
+    wide = block > _WIDEST
     _select_again[(min(n_tokens, _AGAIN),)](
-        *(*arguments, n_features, k),
-        BITS=bits,
-        BLOCK=min(block, _CHUNK) if block > _WIDEST else block,
-        WIDE=block > _WIDEST,
-        num_warps=8,
+        *(*arguments, n_features, k), BITS=bits, BLOCK=_CHUNK if wide else block, WIDE=wide, num_warps=8
     )
 
 

@@ -31,8 +31,8 @@ from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
 from fluxsae.figures.style import BLUE, GREEN, INK, ORANGE, PINK, drawing
+from fluxsae.files.whole import whole_file
 from fluxsae.sae import L1, SAE, TopK
-from fluxsae.storage import whole_file
 from fluxsae.training import SAETraining
 
 PARTS = {

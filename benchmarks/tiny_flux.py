@@ -29,9 +29,9 @@ from torchvision.transforms.functional import to_tensor
 
 from benchmarks.judge import Verdict, ZeroShot, judge, load_zero_shot, truth
 from fluxsae.figures.style import GREEN, INK, MUTED, ORANGE, drawing
+from fluxsae.files.whole import whole_file
 from fluxsae.flux.generate import generate
 from fluxsae.flux.load import load_pipeline
-from fluxsae.storage import whole_file
 from scripts.tiny.scenes import SIDE, Caption, random_caption, render, to_tensors
 from scripts.tiny.text import TEXT_LENGTH
 

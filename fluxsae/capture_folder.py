@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fluxsae.files import read_json, remove_parts, write_json, write_text
 from fluxsae.prompts import Prompt
 from fluxsae.requests import PromptData, RequestBatch
 from fluxsae.shards.format import Storage
 from fluxsae.shards.write import ShardWriter
 from fluxsae.spec import CaptureSpec, GenerationSpec, Site, differences
-from fluxsae.storage import read_json, remove_parts, write_json, write_text
 
 GENERATION = "generation.json"
 TOKEN_BYTES = {"bf16": 2, "fp32": 4, "fp8": 1}

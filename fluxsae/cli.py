@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fluxsae
-from fluxsae.explain import unknown_key
+from fluxsae.files import unknown_key
 
 VERBS = {
     "fit": "train a sparse autoencoder on captured tokens",

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
-import yaml
+from fluxsae.files import unknown_key
 
 
 class Complaint(NamedTuple):
@@ -23,16 +21,6 @@ class Complaint(NamedTuple):
     class_path: str | None
     since_class: tuple[str, ...]
     text: str
-
-
-def read_yaml(path: Path) -> Any:
-    """What a config file holds. FileNotFoundError when it is missing, ValueError when it is no YAML."""
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no config file {path}: name one, such as configs/tiny/study.yaml.")
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML ({' '.join(str(error).split())}).") from error
 
 
 def explain(report: str, known: Mapping[str, Iterable[str]]) -> str:
@@ -61,15 +49,6 @@ def explain(report: str, known: Mapping[str, Iterable[str]]) -> str:
 def is_report(text: str) -> bool:
     """Whether jsonargparse says what does not fit, rather than the class or file itself."""
     return text.startswith(("Does not validate against", "Problem with given class_path"))
-
-
-def unknown_key(key: str, known: Iterable[str], owner: str, what: str = "key") -> str:
-    """`unknown key 'hieght' of FluxCapture: did you mean 'height'?`, or all the known ones when none is near."""
-    known = list(known)
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        return f"unknown {what} {key!r} of {owner}: did you mean {near[0]!r}?"
-    return f"unknown {what} {key!r} of {owner}" + (f", which knows {', '.join(known)}" if known else "")
 
 
 def innermost(report: str) -> Complaint:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from fluxsae.storage import read_columns, read_csv, remove_parts, write_columns
+from fluxsae.files import read_columns, read_csv, remove_parts, write_columns
 
 COLUMNS = (
     "feature",

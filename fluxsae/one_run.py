@@ -1,4 +1,4 @@
-"""A Trainer's run claims the folder that it writes to."""
+"""A Trainer's run locks the folder that it writes to."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fluxsae.claims import Claim
+from fluxsae.files import FolderLock
 
 
 class OneRunOnly(Callback):
-    """Claims its folder for the time of a Trainer's run; the first process does so for all."""
+    """FolderLocks its folder for the time of a Trainer's run; the first process does so for all."""
 
-    _claim: Claim | None = None
+    _lock: FolderLock | None = None
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and self._claim is None:
-            self._claim = Claim(self.folder)
+        if trainer.is_global_zero and self._lock is None:
+            self._lock = FolderLock(self.folder)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._release()
@@ -28,6 +28,6 @@ class OneRunOnly(Callback):
         self._release()
 
     def _release(self) -> None:
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None

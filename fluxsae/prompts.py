@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fluxsae.storage import hash_json
+from fluxsae.files import hash_json
 
 Row = tuple[int, str, Mapping[str, Any]]
 

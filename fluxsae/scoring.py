@@ -20,12 +20,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from fluxsae.activations import ActivationData, TokenBatch
-from fluxsae.explain import unknown_key
+from fluxsae.files import read_csv, read_json, unknown_key
 from fluxsae.sae import load_sae
 from fluxsae.sae.pooling import PlainPooling, Pooled, Pooling, pooling_of
 from fluxsae.shards.read import ShardSet
 from fluxsae.spec import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
-from fluxsae.storage import read_csv, read_json
 
 _logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
-from fluxsae.storage import hash_json
+from fluxsae.files import hash_json
 
 Stream = Literal["image", "text"]
 PATCH = 16

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 from uuid import uuid4
 
-from fluxsae.claims import Claim
-from fluxsae.explain import read_yaml, unknown_key
-from fluxsae.storage import hash_json, read_json, write_json
+from fluxsae.files import FolderLock, hash_json, read_json, read_yaml, unknown_key, write_json
 
 Command = Literal["fit", "validate", "predict", "test", "figures"]
 RECORD = "study.json"
@@ -119,7 +117,7 @@ def run_study(config: Path, force: Collection[str] = (), until: str | None = Non
             )
     for stage in study.stages:  # a wrong path in the last stage should not cost the time of the first
         _read_mapping(stage.config)
-    with _claimed(study.folder):
+    with _locked(study.folder):
         _run_stages(study, force, until)
 
 
@@ -156,15 +154,15 @@ def _run_stages(study: Study, force: Collection[str], until: str | None) -> None
 
 
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     if not _is_first_process():
         yield
         return
-    claim = Claim(folder)
+    lock = FolderLock(folder)
     try:
         yield
     finally:
-        claim.release()
+        lock.release()
 
 
 def plan(study: Study, force: Collection[str] = ()) -> Iterator[Step]:

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 
 from fluxsae.features import Feature, read_features
+from fluxsae.files import read_csv, read_json
 from fluxsae.prompts import shown
 from fluxsae.spec import CaptureSpec
-from fluxsae.storage import read_csv, read_json
 
 N_TOP = 10
 """Features listed."""

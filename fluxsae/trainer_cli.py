@@ -18,12 +18,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from fluxsae.analysis.throughput import Throughput
-from fluxsae.explain import explain, is_report, read_yaml, unknown_key
+from fluxsae.explain import explain, is_report
+from fluxsae.files import read_yaml, remove_parts, unknown_key, whole_file, write_text
 from fluxsae.interrupts import StopsWhereItCanGoOn
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.spec import WHICH_IMAGES, differences
-from fluxsae.storage import remove_parts, whole_file, write_text
 from fluxsae.sweep import SweepTraining
 from fluxsae.training import SAETraining
 

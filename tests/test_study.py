@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fluxsae import cli
-from fluxsae.storage import read_json, write_json
+from fluxsae.files.json_files import read_json, write_json
 from fluxsae.study import RECORD, content_hash, plan, read_study, run_study
 
 

@@ -14,10 +14,10 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from fluxsae.activations import ActivationData
+from fluxsae.files.tables import read_csv
 from fluxsae.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae
 from fluxsae.sae.checkpoint import read_config
-from fluxsae.storage import read_csv
 from fluxsae.sweep import SweepTraining
 from fluxsae.training import SAETraining
 from tests.synthetic import dictionary, token_shards

@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fluxsae.activations import ActivationData
+from fluxsae.files.tables import read_csv
 from fluxsae.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae
 from fluxsae.sae.checkpoint import read_config
 from fluxsae.shards.read import ShardSet
-from fluxsae.storage import read_csv
 from fluxsae.training import SAETraining
 from tests.synthetic import dictionary, token_shards
 

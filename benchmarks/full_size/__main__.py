@@ -25,8 +25,8 @@ from benchmarks.full_size.capture import CONFIG, Bench, Result, cases, compare
 from benchmarks.full_size.model import FULL, TINY
 from fluxsae.analysis.maps import MapFile
 from fluxsae.cli import main as fluxsae_main
+from fluxsae.files.json_files import read_json, write_json
 from fluxsae.shards.read import ShardSet
-from fluxsae.storage import read_json, write_json
 
 CLIP = "local-dir:checkpoints/tiny-clip"
 SMALL = {

@@ -31,9 +31,9 @@ import fluxsae.capture
 from benchmarks.full_size.model import FULL, TINY, Size, random_pipeline, write_frame
 from benchmarks.full_size.processes import run_together
 from fluxsae.cli import main as fluxsae_main
+from fluxsae.files.json_files import read_json, write_json
 from fluxsae.prompts import read_prompts
 from fluxsae.shards.read import ShardSet
-from fluxsae.storage import read_json, write_json
 
 CONFIG = Path("configs/flux-dev/capture.yaml")
 MEMORY = Path("configs/flux-dev/memory")

@@ -22,7 +22,7 @@ from benchmarks.peers.sae_lens import SAELens
 from benchmarks.peers.sparsify import Sparsify
 from benchmarks.peers.steps import step_table, time_steps
 from benchmarks.peers.tokens import load_tokens
-from fluxsae.storage import write_json
+from fluxsae.files.json_files import write_json
 
 LIBRARIES: tuple[type[Library], ...] = (Ours, SAELens, Sparsify, DictionaryLearning, Overcomplete)
 

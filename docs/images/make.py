@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import fluxsae
-from fluxsae.storage import read_csv
+from fluxsae.files.tables import read_csv
 from scripts.tiny.scenes import random_caption, render, to_tensors
 
 RUN, OUT = Path("runs/tiny"), Path(__file__).parent

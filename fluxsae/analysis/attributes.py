@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fluxsae.features import Feature, read_features, update_features
+from fluxsae.files import remove_parts, write_json
 from fluxsae.prompts import read_prompts
 from fluxsae.scoring import all_shards
-from fluxsae.storage import remove_parts, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Float32, Int, Int32, Int64
 
-from fluxsae.storage import whole_file
+from fluxsae.files import whole_file
 
 OFFSETS, IMAGES, VALUES = "by-feature-offsets.npy", "by-feature-images.npy", "by-feature-values.npy"
 FILES = (OFFSETS, IMAGES, VALUES)

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fluxsae.features import Feature
+from fluxsae.files import whole_file
 from fluxsae.sae.pooling import Pooling
-from fluxsae.storage import whole_file
 
 MAPS, INDEX = "maps.npy", "maps-index.npy"
 

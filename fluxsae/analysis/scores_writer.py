@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from fluxsae.analysis.arrays import SharedArray
 from fluxsae.analysis.by_feature import FILES, OFFSETS, write_by_feature
+from fluxsae.files import remove_parts, write_csv, write_json
 from fluxsae.one_run import OneRunOnly
 from fluxsae.prompts import read_prompts
 from fluxsae.scoring import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY, ImageScores, SAEScoring, all_shards
 from fluxsae.shards.read import ShardSet
-from fluxsae.storage import remove_parts, write_csv, write_json
 
 
 class ScoresWriter(OneRunOnly):

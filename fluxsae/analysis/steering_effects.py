@@ -22,10 +22,10 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from fluxsae.analysis.clip import Clip, embed, load_clip
 from fluxsae.analysis.gather import gather_objects
 from fluxsae.features import read_features
+from fluxsae.files import write_csv
 from fluxsae.one_run import OneRunOnly
 from fluxsae.shards.read import ShardSet
 from fluxsae.steering import FluxSteering, Steered
-from fluxsae.storage import write_csv
 
 MEASURES = ("ssim_distance", "clip_distance", "clip_change", "activation", "activation_change")
 """The columns of numbers.

@@ -10,10 +10,10 @@ from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageDraw, ImageFont
 
 from fluxsae.analysis.gather import gather_objects
+from fluxsae.files import whole_file, write_csv
 from fluxsae.one_run import OneRunOnly
 from fluxsae.prompts import shown
 from fluxsae.steering import FluxSteering, Steered, Variant
-from fluxsae.storage import whole_file, write_csv
 
 GAP, TITLE, MARGIN = 6, 30, 38
 CAPTION, MIN_CELL = 190, 76

@@ -15,9 +15,9 @@ from jaxtyping import Float
 from fluxsae.features import Feature
 from fluxsae.figures.matrix import draw_matrix, order_by_likeness, short_name
 from fluxsae.figures.style import BLUE, MUTED, drawing
+from fluxsae.files import write_csv
 from fluxsae.scoring import Scores
 from fluxsae.spec import differences
-from fluxsae.storage import write_csv
 
 
 class Pair(NamedTuple):

@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from fluxsae.analysis.overlays import overlay, read_overlays
 from fluxsae.features import Feature, Selection
 from fluxsae.figures.style import BLUE, FAINT, INK, MUTED, ORANGE, font
+from fluxsae.files import whole_file, write_csv
 from fluxsae.prompts import shown
 from fluxsae.shards.read import ShardSet
-from fluxsae.storage import whole_file, write_csv
 
 Layout = Literal["pairs", "overlays"]
 Points = int | float

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from fluxsae.features import Feature
 from fluxsae.figures.matrix import draw_matrix, order_by_likeness, short_name
 from fluxsae.figures.style import BLUE, MUTED, drawing
-from fluxsae.storage import write_csv
+from fluxsae.files import write_csv
 
 
 def decoder(weights: Float[np.ndarray, "F D"], selected: Sequence[Feature], path: Path) -> None:

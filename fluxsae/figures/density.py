@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from fluxsae.features import Feature
 from fluxsae.figures.style import BLUE, INK, MUTED, ORANGE, drawing
-from fluxsae.storage import write_csv
+from fluxsae.files import write_csv
 
 
 def frequencies(table: Sequence[Feature]) -> Float[np.ndarray, "F"]:

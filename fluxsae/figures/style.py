@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from PIL import ImageFont
 
-from fluxsae.storage import whole_file
+from fluxsae.files import whole_file
 
 INK, MUTED, FAINT = "#1b1f24", "#6b7280", "#e5e7eb"
 BLUE, ORANGE, GREEN, PINK = "#0072b2", "#d55e00", "#009e73", "#cc79a7"

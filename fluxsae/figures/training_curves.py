@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fluxsae.figures.style import BLUE, GREEN, ORANGE, PINK, drawing
-from fluxsae.storage import write_csv
+from fluxsae.files import write_csv
 
 TAGS = {
     "train/loss": "Training loss",

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fluxsae.storage import hash_json, whole_file
+from fluxsae.files import hash_json, whole_file
 
 
 class PromptEmbeddings(NamedTuple):

@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fluxsae.files import read_json, remove_parts, whole_file, write_json
 from fluxsae.sae.batch_topk import BatchTopK
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.jumprelu import JumpReLU
 from fluxsae.spec import CaptureSpec
-from fluxsae.storage import read_json, remove_parts, whole_file, write_json
 
 VERSION = 1
 WEIGHTS = "sae.safetensors"

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from fluxsae.files import read_json, sealed, unsealed
 from fluxsae.spec import CaptureSpec, GenerationSpec
-from fluxsae.storage import read_json, sealed, unsealed
 
 VERSION = 1
 METADATA = "metadata.json"

@@ -16,9 +16,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from webdataset import TarWriter
 
+from fluxsae.files import hash_json, naming, put_in_place, read_json, sealed, unsealed, write_json
 from fluxsae.shards.format import RECORD, SampleRecord, sample_key
 from fluxsae.shards.tar import index_tar, map_tar
-from fluxsae.storage import hash_json, naming, put_in_place, read_json, sealed, unsealed, write_json
 
 
 class Kept(NamedTuple):

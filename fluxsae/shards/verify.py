@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from fluxsae.files import sha256_file
 from fluxsae.shards.format import IMAGE, RECORD, TOKENS, ShardEntry, sample_key
 from fluxsae.shards.read import ShardSet
 from fluxsae.shards.tar import index_tar, map_tar
-from fluxsae.storage import sha256_file
 
 
 class Problem(NamedTuple):

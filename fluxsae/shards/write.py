@@ -17,6 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from fluxsae.files import read_json, remove_parts, sealed, unsealed, write_json
 from fluxsae.shards.encoding import decode_tokens, encode_tokens
 from fluxsae.shards.format import (
     IMAGE,
@@ -38,7 +39,6 @@ from fluxsae.shards.format import (
 )
 from fluxsae.shards.open_shard import Kept, OpenShard, kept, payloads
 from fluxsae.spec import CaptureSpec, GenerationSpec, differences
-from fluxsae.storage import read_json, remove_parts, sealed, unsealed, write_json
 
 _logger = logging.getLogger(__name__)
 

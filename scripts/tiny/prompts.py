@@ -10,7 +10,7 @@ import json
 import random
 from pathlib import Path
 
-from fluxsae.storage import write_text
+from fluxsae.files.whole import write_text
 from scripts.tiny.scenes import random_caption
 
 

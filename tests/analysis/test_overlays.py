@@ -14,7 +14,7 @@ from fluxsae.analysis.overlays import Overlays, clip_value, overlay, read_overla
 from fluxsae.analysis.top_images import TopImages
 from fluxsae.features import Selection, read_features
 from fluxsae.figures.contact_sheet import contact_sheet, sheet_rows
-from fluxsae.storage import read_csv
+from fluxsae.files.tables import read_csv
 from tests.analysis.study import make_study, run
 
 

@@ -16,7 +16,7 @@ from benchmarks.peers.measure import Point, Quality, Run, evaluate, train_and_me
 from benchmarks.peers.ours import Ours
 from benchmarks.peers.quality import Sweep, seconds_to, spread, table
 from benchmarks.peers.tokens import load_tokens, split_images
-from fluxsae.storage import read_json
+from fluxsae.files.json_files import read_json
 from tests.synthetic import dictionary, draw, token_shards
 
 D, F, K = 16, 32, 3

@@ -11,7 +11,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from fluxsae.storage import hash_json
+from fluxsae.files.json_files import hash_json
 
 BLOCK = 512
 

@@ -23,10 +23,10 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from fluxsae.files.tables import read_csv
 from fluxsae.sae import TopK, load_sae, save_sae
 from fluxsae.scoring import Scores
 from fluxsae.shards.verify import verify
-from fluxsae.storage import read_csv
 from tests.random_flux import random_flux
 from tests.synthetic import randomised, token_shards
 

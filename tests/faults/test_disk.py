@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxsae.claims import LOCK
+from fluxsae.files.folder_lock import LOCK
 from tests.faults.kill import Host, Stage, host, make_stages, result, unbroken
 
 NAMES = ["capture", "fit", "scores"]

@@ -15,8 +15,8 @@ from fluxsae.figures.decoder import decoder
 from fluxsae.figures.density import density
 from fluxsae.figures.matrix import order_by_likeness
 from fluxsae.figures.training_curves import Curve, read_run, spread, training_curves
+from fluxsae.files.tables import read_csv
 from fluxsae.scoring import Scores
-from fluxsae.storage import read_csv
 from tests.synthetic import capture_spec
 
 RNG = np.random.default_rng(0)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from fluxsae.files.json_files import read_json, write_json
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae, save_sae
 from fluxsae.sae.checkpoint import read_config
-from fluxsae.storage import read_json, write_json
 from tests.synthetic import capture_spec, randomised
 
 KINDS = [

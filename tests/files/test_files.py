@@ -12,18 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from fluxsae.storage import (
-    read_columns,
-    read_csv,
-    read_json,
-    remove_parts,
-    sealed,
-    unsealed,
-    whole_file,
-    write_columns,
-    write_csv,
-    write_json,
-)
+from fluxsae.files.json_files import read_json, sealed, unsealed, write_json
+from fluxsae.files.tables import read_columns, read_csv, write_columns, write_csv
+from fluxsae.files.whole import remove_parts, whole_file
 
 
 def test_a_sealed_record_tells_a_changed_digit(tmp_path: Path) -> None:

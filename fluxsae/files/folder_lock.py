@@ -25,12 +25,12 @@ class FolderInUseError(ValueError):
     """Another run is writing to the folder."""
 
 
-class _Lock:
-    """The lock on a folder, which is made when absent, and this process's claims on it."""
+class _LockFile:
+    """The lock file of a folder, which is made when absent, and how often this process holds it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.n_claims = 0
+        self.n_holders = 0
         self._made = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         self._handle = self._acquire(folder / LOCK)
@@ -72,22 +72,22 @@ class _Lock:
         return None
 
 
-class Claim:
+class FolderLock:
     """A folder that this process alone writes to, until `release` or its end, however it ends.
 
-    A lock of the operating system on the file `.in-use`, which says whose it is. A process may claim a folder several
+    A lock of the operating system on the file `.in-use`, which says whose it is. A process may lock a folder several
     times. Where there are no such locks (on Windows, on some network drives) nothing is refused.
 
     Raises:
         FolderInUseError: naming the process that has it.
     """
 
-    _held: ClassVar[dict[Path, _Lock]] = {}
+    _held: ClassVar[dict[Path, _LockFile]] = {}
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).resolve()
-        lock = self._held.get(self.folder) or _Lock(self.folder)
-        lock.n_claims += 1
+        lock = self._held.get(self.folder) or _LockFile(self.folder)
+        lock.n_holders += 1
         self._held[self.folder] = lock
         self._released = False
 
@@ -97,15 +97,15 @@ class Claim:
             return
         self._released = True
         lock = self._held[self.folder]
-        lock.n_claims -= 1
-        if lock.n_claims == 0:
+        lock.n_holders -= 1
+        if lock.n_holders == 0:
             del self._held[self.folder]
             lock.release()
 
 
-def check_claims() -> None:
-    """OSError (ESTALE) when a folder that this process has claimed is not at its path any more: its drive went."""
-    for lock in list(Claim._held.values()):
+def check_locks() -> None:
+    """OSError (ESTALE) when a folder that this process has locked is not at its path any more: its drive went."""
+    for lock in list(FolderLock._held.values()):
         lock.check()
 
 

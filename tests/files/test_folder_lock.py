@@ -14,11 +14,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from fluxsae.claims import LOCK, Claim, FolderInUseError
+from fluxsae.files.folder_lock import LOCK, FolderInUseError, FolderLock
+from fluxsae.files.whole import write_text
 from fluxsae.one_run import OneRunOnly
-from fluxsae.storage import write_text
 
-HOLD = "import sys; from fluxsae.claims import Claim; c = Claim(sys.argv[1]); print('mine', flush=True); input()"
+HOLD = (
+    "import sys; from fluxsae.files.folder_lock import FolderLock; c = FolderLock(sys.argv[1]); print('mine', flush=True); input()"
+)
 
 
 @contextmanager
@@ -33,16 +35,16 @@ def other_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_second_claim_names_the_first_which_may_be_dead(tmp_path: Path) -> None:
     with other_process(tmp_path) as holder:
         with pytest.raises(FolderInUseError, match=rf"in use by process {holder.pid} on .* name another folder"):
-            Claim(tmp_path)
+            FolderLock(tmp_path)
         assert (tmp_path / LOCK).read_text().startswith(f"process {holder.pid} ")
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-    Claim(tmp_path).release()
+    FolderLock(tmp_path).release()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_may_claim_a_folder_again(tmp_path: Path) -> None:
-    first, second = Claim(tmp_path / "a"), Claim(tmp_path / "a")
+    first, second = FolderLock(tmp_path / "a"), FolderLock(tmp_path / "a")
     first.release()
     first.release()
     assert (tmp_path / "a" / LOCK).exists()
@@ -69,7 +71,7 @@ def test_a_trainers_run_claims_its_folder(tmp_path: Path, released: bool) -> Non
 
 
 def test_a_claimed_folder_that_goes_stops_every_write(tmp_path: Path) -> None:
-    claim = Claim(tmp_path / "drive")
+    claim = FolderLock(tmp_path / "drive")
     write_text(tmp_path / "before.txt", "")
     (tmp_path / "drive").rename(tmp_path / "elsewhere")
     (tmp_path / "drive").mkdir()

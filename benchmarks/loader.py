@@ -32,10 +32,10 @@ from fluxsae.activations import ActivationData
 from fluxsae.files.whole import whole_file
 from fluxsae.mixing import MixedTokens
 from fluxsae.mixing.tokens import Feed
+from fluxsae.records.spec import CaptureSpec, GenerationSpec
 from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet, ShardWriter
 from fluxsae.shards.format import Storage
-from fluxsae.spec import CaptureSpec, GenerationSpec
 from fluxsae.training import SAETraining
 
 WARMUP = 20

@@ -19,12 +19,23 @@ if TYPE_CHECKING:
     from fluxsae.analysis.steering_grids import SteeringGrids
     from fluxsae.analysis.top_images import TopImages
     from fluxsae.capture import FluxCapture, PromptData
-    from fluxsae.features import Feature, Selection, read_features, update_features
     from fluxsae.flux.generate import generate
     from fluxsae.flux.intervene import intervene
     from fluxsae.flux.load import load_pipeline
     from fluxsae.flux.record import Tape, record
-    from fluxsae.prompts import Prompt, read_prompts
+    from fluxsae.records import (
+        CaptureSpec,
+        Feature,
+        GenerationSpec,
+        Prompt,
+        Selection,
+        Site,
+        parse_site,
+        read_features,
+        read_prompts,
+        token_grid,
+        update_features,
+    )
     from fluxsae.sae.batch_topk import BatchTopK
     from fluxsae.sae.checkpoint import load_sae, save_sae
     from fluxsae.sae.coder import L1, SAE, TopK
@@ -33,7 +44,6 @@ if TYPE_CHECKING:
     from fluxsae.shards.channels import describe_channels
     from fluxsae.shards.read import ShardSet
     from fluxsae.shards.verify import verify
-    from fluxsae.spec import CaptureSpec, GenerationSpec, Site, parse_site, token_grid
     from fluxsae.steering import FluxSteering
     from fluxsae.sweep import SweepTraining
     from fluxsae.training import SAETraining
@@ -51,12 +61,12 @@ _HOMES = {
     "fluxsae.analysis.steering_grids": ("SteeringGrids",),
     "fluxsae.analysis.top_images": ("TopImages",),
     "fluxsae.capture": ("FluxCapture", "PromptData"),
-    "fluxsae.features": ("Feature", "Selection", "read_features", "update_features"),
+    "fluxsae.records.features": ("Feature", "Selection", "read_features", "update_features"),
     "fluxsae.flux.generate": ("generate",),
     "fluxsae.flux.intervene": ("intervene",),
     "fluxsae.flux.load": ("load_pipeline",),
     "fluxsae.flux.record": ("Tape", "record"),
-    "fluxsae.prompts": ("Prompt", "read_prompts"),
+    "fluxsae.records.prompts": ("Prompt", "read_prompts"),
     "fluxsae.sae.batch_topk": ("BatchTopK",),
     "fluxsae.sae.checkpoint": ("load_sae", "save_sae"),
     "fluxsae.sae.coder": ("L1", "SAE", "TopK"),
@@ -65,7 +75,7 @@ _HOMES = {
     "fluxsae.shards.channels": ("describe_channels",),
     "fluxsae.shards.read": ("ShardSet",),
     "fluxsae.shards.verify": ("verify",),
-    "fluxsae.spec": ("CaptureSpec", "GenerationSpec", "Site", "parse_site", "token_grid"),
+    "fluxsae.records.spec": ("CaptureSpec", "GenerationSpec", "Site", "parse_site", "token_grid"),
     "fluxsae.steering": ("FluxSteering",),
     "fluxsae.sweep": ("SweepTraining",),
     "fluxsae.training": ("SAETraining",),

@@ -19,13 +19,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from fluxsae.features import Selection
 from fluxsae.mixing import WHOLE, Feed, MixedTokens, Part
 from fluxsae.processes import Processes
-from fluxsae.shards.format import SampleRecord, Statistics
+from fluxsae.records import CaptureSpec, Selection, Statistics
+from fluxsae.shards.format import SampleRecord
 from fluxsae.shards.read import ShardSet
 from fluxsae.shards.rows import RowReader, Rows
-from fluxsae.spec import CaptureSpec
 from fluxsae.whole_images import ImagesAhead, StoredImages
 
 _ADVICE = (

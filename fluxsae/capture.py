@@ -37,13 +37,12 @@ from fluxsae.flux.place import place
 from fluxsae.flux.record import TapeIsFull, record
 from fluxsae.flux.shapes import token_shapes
 from fluxsae.one_run import OneRunOnly
-from fluxsae.prompts import prompts_hash
+from fluxsae.records import GenerationSpec, check_step, parse_site, prompts_hash, token_grid
 from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
 from fluxsae.shards.background import Background, HostCopy, side_by_side
 from fluxsae.shards.channels import describe_channels
 from fluxsae.shards.format import SampleRecord, Storage
 from fluxsae.shards.read import ShardSet
-from fluxsae.spec import GenerationSpec, check_step, parse_site, token_grid
 
 __all__ = ["FluxCapture", "GenerationRequest", "PromptData", "RequestBatch", "image_seed", "set_folder"]
 
@@ -71,7 +70,7 @@ class FluxCapture(LightningModule):
     Args:
         model: a diffusers pipeline folder or a hub id.
         folder: where the sets go.
-        sites: module paths inside the transformer, see `fluxsae.spec.Site`.
+        sites: module paths inside the transformer, see `fluxsae.records.spec.Site`.
         steps: 0-based denoising steps.
         height: pixels, a multiple of 16.
         width: pixels, a multiple of 16.

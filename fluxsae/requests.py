@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lightning import LightningDataModule
 
-from fluxsae.prompts import Prompt, read_prompts
+from fluxsae.records import Prompt, read_prompts
 
 
 class GenerationRequest(NamedTuple):
@@ -66,7 +66,7 @@ class PromptData(LightningDataModule):
     """The images to be made of a prompt file: image `prompt · repetitions + repetition` of each prompt and repetition.
 
     Args:
-        prompts: a .txt, .jsonl or .csv file, see `fluxsae.prompts`.
+        prompts: a .txt, .jsonl or .csv file, see `fluxsae.read_prompts`.
         repetitions: images a prompt, each with a seed of its own.
         batch_size: images made together.
         images_per_shard: images in a shard, a file that appears when it is whole.

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from fluxsae.activations import ActivationData, TokenBatch
 from fluxsae.files import read_csv, read_json, unknown_key
+from fluxsae.records import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
 from fluxsae.sae import load_sae
 from fluxsae.sae.pooling import PlainPooling, Pooled, Pooling, pooling_of
 from fluxsae.shards.read import ShardSet
-from fluxsae.spec import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
 
 _logger = logging.getLogger(__name__)
 

@@ -17,18 +17,17 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.features import Feature, Selection
 from fluxsae.flux.embeddings import EmbeddingCache, PromptEmbeddings
 from fluxsae.flux.generate import generate
 from fluxsae.flux.intervene import Schedule, intervene, random_twin
 from fluxsae.flux.load import FluxPipeline, load_pipeline, transformer_skeleton, weights_identity
 from fluxsae.flux.record import record
 from fluxsae.flux.streams import find_module
+from fluxsae.records import CaptureSpec, Feature, Grid, Selection, check_step, parse_site
 from fluxsae.requests import GenerationRequest, RequestBatch
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.shards.read import ShardSet
-from fluxsae.spec import CaptureSpec, Grid, check_step, parse_site
 
 Mode = Literal["add", "scale", "clamp"]
 Kind = Literal["baseline", "feature", "random"]

@@ -9,12 +9,12 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from fluxsae.explain import explain
-from fluxsae.features import Selection, read_features
 from fluxsae.figures.compare_sites import both_sites, compare_sites
 from fluxsae.figures.contact_sheet import Layout, contact_sheet, sheet_rows
 from fluxsae.figures.decoder import decoder
 from fluxsae.figures.density import density, frequencies
 from fluxsae.figures.training_curves import read_run, training_curves
+from fluxsae.records import Selection, read_features
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.scoring import Scores
 

@@ -6,10 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
 
-from fluxsae.features import Feature, read_features
 from fluxsae.files import read_csv, read_json
-from fluxsae.prompts import shown
-from fluxsae.spec import CaptureSpec
+from fluxsae.records import CaptureSpec, Feature, read_features, shown
 
 N_TOP = 10
 """Features listed."""

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fluxsae.activations import ActivationData
 from fluxsae.one_run import OneRunOnly
 from fluxsae.processes import Processes
+from fluxsae.records import CaptureSpec, differences
 from fluxsae.sae.batch_topk import BatchTopK
 from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.coder import L1, SAE, Pass, TopK
@@ -31,7 +32,6 @@ from fluxsae.sae.fused import CHECKED, FusedStep, Settings, StepAdam, disagreeme
 from fluxsae.sae.objective import squared_errors, token_weights
 from fluxsae.sae.parallel import average_gradients, gather, shard
 from fluxsae.sae.rows import add_rows, whole
-from fluxsae.spec import CaptureSpec, differences
 
 _logger = logging.getLogger(__name__)
 

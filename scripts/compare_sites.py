@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fluxsae.features import Selection
 from fluxsae.figures.compare_sites import both_sites, compare_sites
+from fluxsae.records.features import Selection
 from fluxsae.scoring import Scores
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fluxsae.features import Selection
 from fluxsae.figures.contact_sheet import contact_sheet, sheet_rows
+from fluxsae.records.features import Selection
 
 
 def main() -> None:

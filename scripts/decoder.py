@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fluxsae.features import Selection
 from fluxsae.figures.decoder import decoder
+from fluxsae.records.features import Selection
 from fluxsae.sae import load_sae
 
 

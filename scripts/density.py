@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fluxsae.features import read_features
 from fluxsae.figures.density import density, frequencies
+from fluxsae.records.features import read_features
 
 
 def main() -> None:

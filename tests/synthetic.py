@@ -14,11 +14,11 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from fluxsae.records.spec import CaptureSpec, GenerationSpec
 from fluxsae.sae.coder import SAE
 from fluxsae.shards.format import Kind, SampleRecord, Storage
 from fluxsae.shards.read import ShardSet
 from fluxsae.shards.write import ShardWriter
-from fluxsae.spec import CaptureSpec, GenerationSpec
 
 
 class Dictionary(NamedTuple):

@@ -15,8 +15,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from fluxsae.activations import ActivationData, MixedTokens, Part, split_by_prompt
-from fluxsae.features import Selection, update_features
 from fluxsae.mixing.host import HostMixing
+from fluxsae.records.features import Selection, update_features
 from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet
 from fluxsae.shards.format import Storage

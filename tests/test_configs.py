@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 
 from fluxsae.activations import ActivationData
 from fluxsae.cli import main
-from fluxsae.features import Selection, read_features
 from fluxsae.files.json_files import read_json
 from fluxsae.files.tables import read_csv
 from fluxsae.flux.load import load_pipeline
-from fluxsae.prompts import read_prompts
+from fluxsae.records.features import Selection, read_features
+from fluxsae.records.prompts import read_prompts
 from fluxsae.sae import TopK
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.study import read_study

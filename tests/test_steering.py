@@ -13,10 +13,10 @@ from PIL import Image
 from fluxsae.analysis.steering_effects import ssim_distance, summarise
 from fluxsae.analysis.steering_grids import grid
 from fluxsae.flux.load import weights_identity
+from fluxsae.records.spec import CaptureSpec, GenerationSpec, Grid
 from fluxsae.requests import GenerationRequest, RequestBatch
 from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.coder import TopK
-from fluxsae.spec import CaptureSpec, GenerationSpec, Grid
 from fluxsae.steering import FluxSteering, Variant, read_mask
 
 REQUESTS = [GenerationRequest(i, i, 0, 100 + i, f"a fox {i}") for i in range(2)]

@@ -32,7 +32,7 @@ from benchmarks.full_size.model import FULL, TINY, Size, random_pipeline, write_
 from benchmarks.full_size.processes import run_together
 from fluxsae.cli import main as fluxsae_main
 from fluxsae.files.json_files import read_json, write_json
-from fluxsae.prompts import read_prompts
+from fluxsae.records.prompts import read_prompts
 from fluxsae.shards.read import ShardSet
 
 CONFIG = Path("configs/flux-dev/capture.yaml")

@@ -32,14 +32,14 @@ from fluxsae.analysis.maps import MapFile
 from fluxsae.analysis.overlays import Overlays
 from fluxsae.analysis.scores_writer import ScoresWriter
 from fluxsae.analysis.top_images import TopImages, TopList
-from fluxsae.features import Selection
 from fluxsae.files.whole import whole_file
+from fluxsae.records.features import Selection
+from fluxsae.records.spec import CaptureSpec, GenerationSpec
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, save_sae
 from fluxsae.sae.pooling import Pooled, pooling_of
 from fluxsae.scoring import SAEScoring
 from fluxsae.shards import SampleRecord, ShardSet, ShardWriter
 from fluxsae.shards.format import Kind
-from fluxsae.spec import CaptureSpec, GenerationSpec
 
 KINDS: dict[str, type[SAE]] = {kind.__name__: kind for kind in (L1, TopK, BatchTopK, JumpReLU)}
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fluxsae.features import Feature, read_features, update_features
 from fluxsae.files import remove_parts, write_json
-from fluxsae.prompts import read_prompts
+from fluxsae.records import Feature, read_features, read_prompts, update_features
 from fluxsae.scoring import all_shards
 
 logger = logging.getLogger(__name__)

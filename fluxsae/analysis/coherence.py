@@ -18,10 +18,9 @@ from torch import Tensor
 from fluxsae.analysis.clip import embed, load_clip
 from fluxsae.analysis.gather import gather
 from fluxsae.analysis.top_images import TopList, gather_top
-from fluxsae.features import update_features
+from fluxsae.records import differences, update_features
 from fluxsae.scoring import ImageScores, SAEScoring, all_shards, prompt_key
 from fluxsae.shards.read import ShardSet
-from fluxsae.spec import differences
 
 _CANDIDATES = 4
 """Times as many images are kept a feature where its examples may be taken by another."""

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fluxsae.features import Feature
 from fluxsae.files import whole_file
+from fluxsae.records import Feature
 from fluxsae.sae.pooling import Pooling
 
 MAPS, INDEX = "maps.npy", "maps-index.npy"

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fluxsae.analysis.gather import gather_objects
 from fluxsae.files import whole_file, write_csv
 from fluxsae.one_run import OneRunOnly
-from fluxsae.prompts import shown
+from fluxsae.records import shown
 from fluxsae.steering import FluxSteering, Steered, Variant
 
 GAP, TITLE, MARGIN = 6, 30, 38

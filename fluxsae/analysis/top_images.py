@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from fluxsae.analysis.gather import gather
-from fluxsae.features import update_features
+from fluxsae.records import update_features
 from fluxsae.scoring import ImageScores, SAEScoring, all_shards
 
 if _HAS_TRITON := find_spec("triton") is not None:

@@ -12,12 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from fluxsae.features import Feature
 from fluxsae.figures.matrix import draw_matrix, order_by_likeness, short_name
 from fluxsae.figures.style import BLUE, MUTED, drawing
 from fluxsae.files import write_csv
+from fluxsae.records import Feature, differences
 from fluxsae.scoring import Scores
-from fluxsae.spec import differences
 
 
 class Pair(NamedTuple):

@@ -9,10 +9,9 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image, ImageDraw
 
 from fluxsae.analysis.overlays import overlay, read_overlays
-from fluxsae.features import Feature, Selection
 from fluxsae.figures.style import BLUE, FAINT, INK, MUTED, ORANGE, font
 from fluxsae.files import whole_file, write_csv
-from fluxsae.prompts import shown
+from fluxsae.records import Feature, Selection, shown
 from fluxsae.shards.read import ShardSet
 
 Layout = Literal["pairs", "overlays"]

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from fluxsae.features import Feature
 from fluxsae.figures.matrix import draw_matrix, order_by_likeness, short_name
 from fluxsae.figures.style import BLUE, MUTED, drawing
 from fluxsae.files import write_csv
+from fluxsae.records import Feature
 
 
 def decoder(weights: Float[np.ndarray, "F D"], selected: Sequence[Feature], path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from fluxsae.features import Feature
 from fluxsae.figures.style import BLUE, INK, MUTED, ORANGE, drawing
 from fluxsae.files import write_csv
+from fluxsae.records import Feature
 
 
 def frequencies(table: Sequence[Feature]) -> Float[np.ndarray, "F"]:

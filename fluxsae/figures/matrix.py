@@ -12,8 +12,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.image import AxesImage
 
-from fluxsae.features import Feature
-from fluxsae.prompts import shown
+from fluxsae.records import Feature, shown
 
 
 def order_by_likeness(similarity: Float[np.ndarray, "R R"]) -> list[int]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fluxsae.flux.alone import EachAlone
 from fluxsae.flux.compiled import is_compiled
 from fluxsae.flux.embeddings import PromptEmbeddings, encode_prompts
-from fluxsae.spec import check_step, token_grid
+from fluxsae.records import check_step, token_grid
 
 
 class Generated(NamedTuple):

@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 from fluxsae.flux.compiled import Uncompiled
 from fluxsae.flux.steps import StepCounter, count_steps
 from fluxsae.flux.streams import find_module, read_stream, replace_stream
+from fluxsae.records import Site, check_step, parse_site
 from fluxsae.sae.coder import SAE
-from fluxsae.spec import Site, check_step, parse_site
 
 Schedule = Literal["constant", "linear", "cosine"]
 

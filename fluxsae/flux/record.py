@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fluxsae.flux.compiled import Uncompiled
 from fluxsae.flux.steps import StepCounter, count_steps
 from fluxsae.flux.streams import find_module, read_stream
-from fluxsae.spec import Site, parse_site
+from fluxsae.records import Site, parse_site
 
 Key = tuple[str, int]
 
@@ -30,7 +30,7 @@ class TapeIsFull(Exception):
 class Tape(Mapping[Key, Tensor]):
     """Tokens [B, T, D] by site and step, of the latest call of the pipeline: `tape["transformer_blocks.1.ff", 8]`.
 
-    Sites are written as in `fluxsae.spec`; `"transformer_blocks.1:image"` and `"transformer_blocks.1"` are the same.
+    Sites are written as in `parse_site`; `"transformer_blocks.1:image"` and `"transformer_blocks.1"` are the same.
     """
 
     def __init__(self, sites: Sequence[Site], steps: Sequence[int]) -> None:

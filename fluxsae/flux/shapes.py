@@ -14,7 +14,7 @@ from diffusers import FluxTransformer2DModel
 from torch import nn
 
 from fluxsae.flux.streams import find_module, read_stream
-from fluxsae.spec import Grid, Site
+from fluxsae.records import Grid, Site
 
 
 class TokenShape(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fluxsae.spec import Site, Stream
+from fluxsae.records import Site, Stream
 
 Layout = Literal["image", "text", "joint", "text, image", "image, text"]
 

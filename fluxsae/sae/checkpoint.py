@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fluxsae.files import read_json, remove_parts, whole_file, write_json
+from fluxsae.records import CaptureSpec
 from fluxsae.sae.batch_topk import BatchTopK
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.jumprelu import JumpReLU
-from fluxsae.spec import CaptureSpec
 
 VERSION = 1
 WEIGHTS = "sae.safetensors"

@@ -17,10 +17,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fluxsae.records import CaptureSpec, Statistics
 from fluxsae.sae import kernels
 from fluxsae.sae.rows import set_rows
-from fluxsae.shards.format import Statistics
-from fluxsae.spec import CaptureSpec
 
 
 class Pass(NamedTuple):

@@ -6,17 +6,14 @@ Legend: D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor
 
 from fluxsae.files import read_json, sealed, unsealed
-from fluxsae.spec import CaptureSpec, GenerationSpec
+from fluxsae.records import CaptureSpec, GenerationSpec, Statistics
 
 VERSION = 1
 METADATA = "metadata.json"
@@ -62,56 +59,6 @@ class SampleRecord(NamedTuple):
         if not isinstance(values["prompt"], str):
             raise ValueError(f"prompt is {values['prompt']!r}, expected text")
         return cls(**values)
-
-
-class Sums(NamedTuple):
-    """Statistics of some tokens in a form that merges: count, mean, sum of squared distances to it, sum of norms."""
-
-    n_tokens: int
-    mean: Float64[Tensor, "D"]
-    squares: float
-    norms: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self._asdict(), "mean": self.mean.tolist()}
-
-
-class Statistics(NamedTuple):
-    """Statistics of all tokens of a set, as they are stored.
-
-    `scale` is sqrt(D / E‖x - mean‖²): (x - mean) · scale has unit variance, averaged over channels.
-    `mean_norm` is E‖x‖ of raw tokens, the unit of steering strength.
-    """
-
-    n_tokens: int
-    mean: Float64[Tensor, "D"]
-    scale: float
-    mean_norm: float
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**self._asdict(), "mean": self.mean.tolist()}
-
-
-def merge(sums: Sequence[Sums]) -> Sums:
-    """Sums over all parts, merged in the order given (Chan et al. 1979): one order gives one result to the bit."""
-    total = sums[0]
-    for part in sums[1:]:
-        n = total.n_tokens + part.n_tokens
-        delta = part.mean - total.mean
-        between = float((delta.numpy() ** 2).sum()) * total.n_tokens * part.n_tokens / n
-        total = Sums(
-            n_tokens=n,
-            mean=total.mean + delta * (part.n_tokens / n),
-            squares=total.squares + part.squares + between,
-            norms=total.norms + part.norms,
-        )
-    return total
-
-
-def statistics(sums: Sums) -> Statistics:
-    variance = sums.squares / sums.n_tokens
-    scale = math.sqrt(sums.mean.numel() / variance) if variance > 0 else 1.0
-    return Statistics(sums.n_tokens, sums.mean, scale, sums.norms / sums.n_tokens)
 
 
 @dataclass(frozen=True)

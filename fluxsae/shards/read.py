@@ -23,6 +23,7 @@ from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 
+from fluxsae.records import CaptureSpec, GenerationSpec, Statistics
 from fluxsae.shards.encoding import Layout, decode_tokens, find_tokens
 from fluxsae.shards.format import (
     IMAGE,
@@ -32,12 +33,10 @@ from fluxsae.shards.format import (
     SampleRecord,
     ShardEntry,
     ShardMetadata,
-    Statistics,
     read_metadata,
     sample_key,
 )
 from fluxsae.shards.tar import Member, Tar, index_tar, open_tar
-from fluxsae.spec import CaptureSpec, GenerationSpec
 
 _INDICES = 128
 """Shards of which it is known where members lie: that takes half a kilobyte an image, which would add up."""

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxsae.files import read_json, remove_parts, sealed, unsealed, write_json
+from fluxsae.records import CaptureSpec, GenerationSpec, Sums, differences, merge_sums, statistics_of
 from fluxsae.shards.encoding import decode_tokens, encode_tokens
 from fluxsae.shards.format import (
     IMAGE,
@@ -28,17 +29,13 @@ from fluxsae.shards.format import (
     ShardEntry,
     ShardMetadata,
     Storage,
-    Sums,
-    merge,
     parse_entry,
     parse_spec,
     read_metadata,
     shard_name,
-    statistics,
     sums_name,
 )
 from fluxsae.shards.open_shard import Kept, OpenShard, kept, payloads
-from fluxsae.spec import CaptureSpec, GenerationSpec, differences
 
 _logger = logging.getLogger(__name__)
 
@@ -188,7 +185,7 @@ class ShardWriter:
                 f"the tokens of all images of {self.folder} hold NaN or infinite values, so all were skipped; remove "
                 "the folder, and capture with another dtype, such as bfloat16 or float32."
             )
-        numbers = statistics(merge(sums)) if sums else None
+        numbers = statistics_of(merge_sums(sums)) if sums else None
         metadata = ShardMetadata(self.kind, self._storage_name, self.spec, tuple(entries), numbers)
         for left_over in (*self.folder.glob(".shard-*"), *self.folder.glob("..shard-*")):
             left_over.unlink()
@@ -207,7 +204,7 @@ class ShardWriter:
                     self._count(shard, _sums(_decoded(data)))
 
     def _count(self, shard: int, part: Sums) -> None:
-        self._sums[shard] = merge([self._sums[shard], part]) if shard in self._sums else part
+        self._sums[shard] = merge_sums([self._sums[shard], part]) if shard in self._sums else part
 
     def _read_sums(self, shard: int) -> tuple[ShardEntry | None, Sums | None]:
         try:
@@ -242,7 +239,7 @@ def _sums(tokens: Float[Tensor, "T D"]) -> Sums:
             mean = x.mean(axis=0)
             x -= mean
             parts.append(Sums(len(x), torch.from_numpy(mean), float(np.einsum("td,td->", x, x)), float(norms)))
-        return merge(parts)
+        return merge_sums(parts)
 
 
 def _encode_image(image: Any) -> bytes:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from fluxsae.activations import ActivationData
-from fluxsae.features import Selection
+from fluxsae.records.features import Selection
 from fluxsae.sae import SAE, TopK, save_sae
 from fluxsae.scoring import SAEScoring
 from fluxsae.shards.read import ShardSet

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fluxsae.analysis.alive import Activity, AliveStatistics, table_columns
-from fluxsae.features import read_features
+from fluxsae.records.features import read_features
 from tests.analysis.study import all_scores, make_study, run
 
 

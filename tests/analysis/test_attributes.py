@@ -16,8 +16,8 @@ from fluxsae.analysis.attributes import (
 )
 from fluxsae.analysis.coherence import Coherence
 from fluxsae.analysis.top_images import TopImages
-from fluxsae.features import Feature, read_features
 from fluxsae.files.json_files import read_json
+from fluxsae.records.features import Feature, read_features
 from tests.analysis.study import make_study, run
 from tests.random_clip import random_clip
 

@@ -9,7 +9,7 @@ import torch
 
 from fluxsae.analysis.clip import load_clip
 from fluxsae.analysis.coherence import Coherence, coherence, random_sets, share_out, table_columns
-from fluxsae.features import read_features
+from fluxsae.records.features import read_features
 from fluxsae.shards.read import ShardSet
 from tests.analysis.study import make_study, run
 from tests.random_clip import random_clip

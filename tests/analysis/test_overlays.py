@@ -12,9 +12,9 @@ from fluxsae.analysis.alive import AliveStatistics
 from fluxsae.analysis.maps import MapFile
 from fluxsae.analysis.overlays import Overlays, clip_value, overlay, read_overlays, scales
 from fluxsae.analysis.top_images import TopImages
-from fluxsae.features import Selection, read_features
 from fluxsae.figures.contact_sheet import contact_sheet, sheet_rows
 from fluxsae.files.tables import read_csv
+from fluxsae.records.features import Selection, read_features
 from tests.analysis.study import make_study, run
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fluxsae.activations import ActivationData
-from fluxsae.features import Selection
+from fluxsae.records.features import Selection
 from fluxsae.sae.checkpoint import read_config
 from tests.analysis.study import Study, make_study, run
 from tests.random_clip import random_clip

@@ -16,7 +16,7 @@ from fluxsae.analysis.alive import AliveStatistics
 from fluxsae.analysis.by_feature import read_by_feature, write_by_feature
 from fluxsae.analysis.scores_writer import ScoresWriter
 from fluxsae.analysis.top_images import TopImages
-from fluxsae.features import Selection, read_features, update_features
+from fluxsae.records.features import Selection, read_features, update_features
 from fluxsae.sae import save_sae
 from fluxsae.sae.pooling import PlainPooling, Pooled
 from fluxsae.scoring import Scores, prompt_key

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxsae.analysis.top_images import TopImages, TopList
-from fluxsae.features import read_features
+from fluxsae.records.features import read_features
 from tests.analysis.study import all_scores, make_study, run
 
 

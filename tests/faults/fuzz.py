@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fluxsae.records.spec import differences
 from fluxsae.shards import ShardSet, ShardWriter
 from fluxsae.shards.verify import verify
-from fluxsae.spec import differences
 from tests.faults.damage import FAULTS, Damage
 from tests.synthetic import image_shards, token_shards
 

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from fluxsae.features import Feature
 from fluxsae.figures.compare_sites import SiteFeatures, both_sites, compare_sites, correlation, match
 from fluxsae.figures.decoder import decoder
 from fluxsae.figures.density import density
 from fluxsae.figures.matrix import order_by_likeness
 from fluxsae.figures.training_curves import Curve, read_run, spread, training_curves
 from fluxsae.files.tables import read_csv
+from fluxsae.records.features import Feature
 from fluxsae.scoring import Scores
 from tests.synthetic import capture_spec
 

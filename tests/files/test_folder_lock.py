@@ -19,7 +19,7 @@ from fluxsae.files.whole import write_text
 from fluxsae.one_run import OneRunOnly
 
 HOLD = (
-    "import sys; from fluxsae.files.folder_lock import FolderLock; c = FolderLock(sys.argv[1]); print('mine', flush=True); input()"
+    "import sys; from fluxsae.files import FolderLock; c = FolderLock(sys.argv[1]); print('mine', flush=True); input()"
 )
 
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxPipeline
 
 from fluxsae.flux.generate import Generated, generate, initial_noise, time_shift
-from fluxsae.spec import token_grid
+from fluxsae.records.spec import token_grid
 
 
 def make(pipe: FluxPipeline, prompts: list[str], seeds: list[int], **changes: object) -> Generated:

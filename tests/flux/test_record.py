@@ -15,7 +15,7 @@ from fluxsae.flux.intervene import intervene
 from fluxsae.flux.load import load_pipeline
 from fluxsae.flux.record import TapeIsFull, record
 from fluxsae.flux.streams import find_module, layout, read_stream, replace_stream
-from fluxsae.spec import parse_site
+from fluxsae.records.spec import parse_site
 
 N_TEXT, N_IMAGE, N_STEPS = 16, 12, 4
 CALL: dict[str, Any] = {

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fluxsae.records.statistics import Statistics
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK
-from fluxsae.shards.format import Statistics
 from tests.synthetic import capture_spec, randomised
 
 KINDS = [L1(8, 20), TopK(8, 20, 3), BatchTopK(8, 20, 3), JumpReLU(8, 20), TopK(8, 20, 3, groups=[5, 12, 20])]

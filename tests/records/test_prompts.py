@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxsae.prompts import Prompt, _read_jsonl, prompts_hash, read_prompts, shown
+from fluxsae.records.prompts import Prompt, _read_jsonl, prompts_hash, read_prompts, shown
 
 
 def write(folder: Path, name: str, content: str | bytes) -> Path:

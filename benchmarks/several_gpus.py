@@ -26,8 +26,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from fluxsae.interrupts import StopsWhereItCanGoOn, interruptible
-from fluxsae.processes import OneAllReduce
+from fluxsae.runtime.distributed import OneAllReduce
+from fluxsae.runtime.interrupts import StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import TopK
 from fluxsae.training import SAETraining
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         token_grid,
         update_features,
     )
+    from fluxsae.runtime import LastCheckpoint, OneAllReduce
     from fluxsae.sae.batch_topk import BatchTopK
     from fluxsae.sae.checkpoint import load_sae, save_sae
     from fluxsae.sae.coder import L1, SAE, TopK
@@ -67,6 +68,7 @@ _HOMES = {
     "fluxsae.flux.load": ("load_pipeline",),
     "fluxsae.flux.record": ("Tape", "record"),
     "fluxsae.records.prompts": ("Prompt", "read_prompts"),
+    "fluxsae.runtime": ("LastCheckpoint", "OneAllReduce"),
     "fluxsae.sae.batch_topk": ("BatchTopK",),
     "fluxsae.sae.checkpoint": ("load_sae", "save_sae"),
     "fluxsae.sae.coder": ("L1", "SAE", "TopK"),
@@ -97,6 +99,8 @@ __all__ = [
     "GenerationSpec",
     "ImageScores",
     "JumpReLU",
+    "LastCheckpoint",
+    "OneAllReduce",
     "Overlays",
     "Prompt",
     "PromptData",

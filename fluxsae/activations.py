@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from fluxsae.mixing import WHOLE, Feed, MixedTokens, Part
-from fluxsae.processes import Processes
 from fluxsae.records import CaptureSpec, Selection, Statistics
+from fluxsae.runtime import Processes
 from fluxsae.shards.format import SampleRecord
 from fluxsae.shards.read import ShardSet
 from fluxsae.shards.rows import RowReader, Rows

@@ -36,10 +36,9 @@ from fluxsae.flux.load import FluxPipeline, load_frame, load_pipeline, transform
 from fluxsae.flux.place import place
 from fluxsae.flux.record import TapeIsFull, record
 from fluxsae.flux.shapes import token_shapes
-from fluxsae.one_run import OneRunOnly
 from fluxsae.records import GenerationSpec, check_step, parse_site, prompts_hash, token_grid
 from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
-from fluxsae.shards.background import Background, HostCopy, side_by_side
+from fluxsae.runtime import Background, HostCopy, OneRunOnly, side_by_side
 from fluxsae.shards.channels import describe_channels
 from fluxsae.shards.format import SampleRecord, Storage
 from fluxsae.shards.read import ShardSet

@@ -79,7 +79,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _run_interruptible(run: Callable[[], None], arguments: list[str]) -> int:
-    from fluxsae.interrupts import Interrupted, interruptible
+    from fluxsae.runtime import Interrupted, interruptible
 
     try:
         with interruptible():

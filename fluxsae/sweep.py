@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from fluxsae.activations import ActivationData
-from fluxsae.one_run import OneRunOnly
+from fluxsae.runtime import OneRunOnly
 from fluxsae.training import SAETraining, TrainedOnTokens, measure
 
 _ADVICE = "Using ModelCheckpoint with manual optimization"

@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from fluxsae.analysis.throughput import Throughput
 from fluxsae.explain import explain, is_report
 from fluxsae.files import read_yaml, remove_parts, unknown_key, whole_file, write_text
-from fluxsae.interrupts import StopsWhereItCanGoOn
 from fluxsae.records import WHICH_IMAGES, differences
+from fluxsae.runtime import StopsWhereItCanGoOn
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
 from fluxsae.sweep import SweepTraining

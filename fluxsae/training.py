@@ -20,9 +20,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fluxsae.activations import ActivationData
-from fluxsae.one_run import OneRunOnly
-from fluxsae.processes import Processes
 from fluxsae.records import CaptureSpec, differences
+from fluxsae.runtime import OneRunOnly, Processes
 from fluxsae.sae.batch_topk import BatchTopK
 from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.coder import L1, SAE, Pass, TopK

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 import fluxsae.training
-from fluxsae.interrupts import LastCheckpoint, StopsWhereItCanGoOn, interruptible
-from fluxsae.processes import OneAllReduce, Processes
+from fluxsae.runtime.distributed import OneAllReduce, Processes
+from fluxsae.runtime.interrupts import LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.fused import Settings
 from fluxsae.sae.jumprelu import JumpReLU

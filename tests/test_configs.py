@@ -89,7 +89,7 @@ def test_every_training_keeps_a_checkpoint_from_its_first_epoch_on(
     module, _, name = kept.class_path.rpartition(".")
     keep = getattr(import_module(module), name)(**{**vars(kept.init_args), "dirpath": str(tmp_path / "checkpoints")})
     watch = LongEpochs(tmp_path / "checkpoints" / "last.ckpt")
-    monkeypatch.setattr("fluxsae.interrupts.monotonic", lambda: watch.seconds)
+    monkeypatch.setattr("fluxsae.runtime.interrupts.monotonic", lambda: watch.seconds)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     every = configured.check_val_every_n_epoch
     trainer = Trainer(accelerator="cpu", max_epochs=3, callbacks=[keep, watch], check_val_every_n_epoch=every, **quiet)

@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from fluxsae.activations import ActivationData
-from fluxsae.processes import OneAllReduce
+from fluxsae.runtime.distributed import OneAllReduce
 from fluxsae.sae.checkpoint import load_sae, read_config
 from fluxsae.trainer_cli import TrainerCLI
 from tests.several import BATCH, D_IN, N_FEATURES, SlicedData, fit
@@ -146,7 +146,7 @@ def test_a_signal_to_the_first_process_ends_a_training_in_several(tmp_path: Path
     config["data"]["init_args"] = {"shards": str(shards), "batch_size": BATCH}
     saving = {"dirpath": str(tmp_path / "checkpoints"), "every_n_steps": 20}
     config["trainer"]["callbacks"][0]["init_args"] |= saving
-    strategy = {"class_path": "fluxsae.processes.OneAllReduce"}
+    strategy = {"class_path": "fluxsae.runtime.distributed.OneAllReduce"}
     config["trainer"] |= {"devices": 2, "strategy": strategy, "max_epochs": 10**6, "logger": False}
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "fluxsae", "fit", "-c", str(tmp_path / "fit.yaml")]

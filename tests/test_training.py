@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from fluxsae.activations import ActivationData
 from fluxsae.files.tables import read_csv
-from fluxsae.interrupts import LastCheckpoint
+from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae
 from fluxsae.sae.checkpoint import read_config
 from fluxsae.shards.read import ShardSet

@@ -13,8 +13,8 @@ from jaxtyping import Float, Float64, Int
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from fluxsae.analysis.gather import gather
 from fluxsae.records import update_features
+from fluxsae.runtime import gather_tensors
 from fluxsae.scoring import ImageScores, SAEScoring, all_shards
 
 
@@ -114,11 +114,11 @@ class AliveStatistics(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._activity is not None
-        parts = [gather(trainer, field) for field in self._activity]
+        parts = [gather_tensors(trainer, field) for field in self._activity]
         total = Activity(*(field[0] for field in parts))
         for rank in range(1, trainer.world_size):
             total = total.merge(Activity(*(field[rank] for field in parts)))
-        n_fired = gather(trainer, self._n_fired).sum(dim=0)
+        n_fired = gather_tensors(trainer, self._n_fired).sum(dim=0)
         if trainer.is_global_zero:
             columns = table_columns(total, self.min_images, self.rare, self.common)
             n_tokens = int(total.n_seen) * all_shards(trainer).spec.n_tokens

@@ -16,9 +16,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from fluxsae.analysis.clip import embed, load_clip
-from fluxsae.analysis.gather import gather
 from fluxsae.analysis.top_images import TopList, gather_top
 from fluxsae.records import differences, update_features
+from fluxsae.runtime import gather_tensors
 from fluxsae.scoring import ImageScores, SAEScoring, all_shards, prompt_key
 from fluxsae.shards.read import ShardSet
 
@@ -164,7 +164,7 @@ class Coherence(Callback):
         share = -(-len(needed) // trainer.world_size)
         wanted = [min(i * trainer.world_size + trainer.global_rank, len(needed) - 1) for i in range(share)]
         mine = embed(clip, (images.image(needed[i]) for i in wanted), self.batch_size)
-        parts = gather(trainer, mine.to(pl_module.device)).cpu()
+        parts = gather_tensors(trainer, mine.to(pl_module.device)).cpu()
         return parts.transpose(0, 1).flatten(0, 1)[: len(needed)]
 
 

@@ -15,12 +15,11 @@ from matplotlib import colormaps
 from PIL import Image
 
 from fluxsae.activations import TokenBatch
-from fluxsae.analysis.arrays import SharedArray
 from fluxsae.analysis.coherence import check_images
 from fluxsae.analysis.maps import MAPS, FeatureMaps, MapFile, MapIndex, map_images
 from fluxsae.files import read_csv, read_json, whole_file, write_csv, write_json
-from fluxsae.one_run import OneRunOnly
 from fluxsae.records import Selection, parse_site
+from fluxsae.runtime import OneRunOnly, SharedArray
 from fluxsae.scoring import SAEScoring, scored_shards
 from fluxsae.shards.read import ShardSet
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
-from fluxsae.analysis.arrays import SharedArray
 from fluxsae.analysis.by_feature import FILES, OFFSETS, write_by_feature
 from fluxsae.files import remove_parts, write_csv, write_json
-from fluxsae.one_run import OneRunOnly
 from fluxsae.records import read_prompts
+from fluxsae.runtime import OneRunOnly, SharedArray
 from fluxsae.scoring import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY, ImageScores, SAEScoring, all_shards
 from fluxsae.shards.read import ShardSet
 

@@ -20,10 +20,9 @@ from torch.nn.functional import normalize
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from fluxsae.analysis.clip import Clip, embed, load_clip
-from fluxsae.analysis.gather import gather_objects
 from fluxsae.files import write_csv
-from fluxsae.one_run import OneRunOnly
 from fluxsae.records import read_features
+from fluxsae.runtime import OneRunOnly, gather_objects
 from fluxsae.shards.read import ShardSet
 from fluxsae.steering import FluxSteering, Steered
 

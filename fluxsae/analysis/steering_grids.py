@@ -9,10 +9,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image, ImageDraw, ImageFont
 
-from fluxsae.analysis.gather import gather_objects
 from fluxsae.files import whole_file, write_csv
-from fluxsae.one_run import OneRunOnly
 from fluxsae.records import shown
+from fluxsae.runtime import OneRunOnly, gather_objects
 from fluxsae.steering import FluxSteering, Steered, Variant
 
 GAP, TITLE, MARGIN = 6, 30, 38

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from fluxsae.analysis.gather import gather
 from fluxsae.records import update_features
+from fluxsae.runtime import gather_tensors
 from fluxsae.scoring import ImageScores, SAEScoring, all_shards
 
 if _HAS_TRITON := find_spec("triton") is not None:
@@ -94,7 +94,7 @@ def _repeats(prompts: Int[Tensor, "R K"]) -> Tensor:
 
 def gather_top(trainer: Trainer, top: TopList) -> TopList:
     """The list over the images of all processes, the same in each of them."""
-    parts = [gather(trainer, tensor) for tensor in (top.images, top.prompts, top.scores)]
+    parts = [gather_tensors(trainer, tensor) for tensor in (top.images, top.prompts, top.scores)]
     total = TopList(top.scores.shape[0], top.scores.shape[1], top.unique_prompts, top.scores.device)
     for images, prompts, scores in zip(*parts, strict=True):
         total.merge(images, prompts, scores)

@@ -232,7 +232,7 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
         model = {"sae": sae, "folder": str(folder / "sae"), "lr": 0.005, "dead_after": 2000}
         keep = {"dirpath": str(folder / "checkpoints"), "minutes": 0, "every_n_steps": STEPS_A_CHECKPOINT}
         callbacks = [
-            {"class_path": "fluxsae.interrupts.LastCheckpoint", "init_args": keep},
+            {"class_path": "fluxsae.runtime.interrupts.LastCheckpoint", "init_args": keep},
             {"class_path": "tests.faults.kill.Diary", "init_args": {"path": str(folder / "diary.txt")}},
         ]
         return {

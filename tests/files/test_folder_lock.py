@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fluxsae.files.folder_lock import LOCK, FolderInUseError, FolderLock
 from fluxsae.files.whole import write_text
-from fluxsae.one_run import OneRunOnly
+from fluxsae.runtime.folder_lock import OneRunOnly
 
 HOLD = (
     "import sys; from fluxsae.files import FolderLock; c = FolderLock(sys.argv[1]); print('mine', flush=True); input()"

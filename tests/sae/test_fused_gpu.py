@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 
 pytest.importorskip("triton")
 
-from fluxsae.graphs import clear_all
-from fluxsae.processes import Processes
+from fluxsae.runtime.cuda_graphs import clear_all
+from fluxsae.runtime.distributed import Processes
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.dead import aux_error
 from fluxsae.sae.fused import ALONE, FusedStep, Settings

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 import fluxsae.training
 from fluxsae.activations import ActivationData
-from fluxsae.interrupts import LastCheckpoint
+from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, TopK
 from fluxsae.sae.fused import Settings, why_not_fused
 from fluxsae.sae.kernels import columns

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fluxsae.processes import Processes
+from fluxsae.runtime import Processes
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.fp8 import Scaled
 from fluxsae.sae.fused.auxiliary import AuxiliaryLoss, AuxiliaryPass

@@ -16,8 +16,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Adam
 
-from fluxsae.graphs import Graphs
-from fluxsae.processes import OneAllReduce, Processes
+from fluxsae.runtime import Graphs, OneAllReduce, Processes
 from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.fused.settings import Settings
 

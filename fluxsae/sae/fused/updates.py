@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Adam
 
-from fluxsae.processes import Processes
+from fluxsae.runtime import Processes
 from fluxsae.sae.coder import SAE
 from fluxsae.sae.fused.copies import Copies
 from fluxsae.sae.fused.passes import Found, SparseFactors

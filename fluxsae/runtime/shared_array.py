@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from lightning.pytorch import Trainer
 
-from fluxsae.analysis.gather import gather_objects
 from fluxsae.files import remove_parts, whole_file
+from fluxsae.runtime.gathering import gather_objects
 
 _AT_ONCE = 1 << 25
 """Bytes that are filled before the disk is asked to take them, while others are computed."""

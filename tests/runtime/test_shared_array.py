@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lightning.pytorch import Trainer
 
-from fluxsae.analysis import arrays
+from fluxsae.runtime import shared_array as arrays
 
 
 def test_what_the_disk_takes_early_is_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

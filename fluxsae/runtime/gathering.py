@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 
-def gather(trainer: Trainer, tensor: Tensor) -> Tensor:
+def gather_tensors(trainer: Trainer, tensor: Tensor) -> Tensor:
     """`tensor`, of one shape in every process, as [W, *shape] in each of them."""
     if trainer.world_size == 1:
         return tensor[None]

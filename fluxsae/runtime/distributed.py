@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
-from fluxsae.graphs import clear_all
+from fluxsae.runtime.cuda_graphs import clear_all
 
 
 class Processes(NamedTuple):

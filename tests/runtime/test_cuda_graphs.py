@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fluxsae.graphs import Graphs
+from fluxsae.runtime.cuda_graphs import Graphs
 
 
 class Recorder:

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from fluxsae.shards.background import AT_ONCE, Background, HostCopy, side_by_side
+from fluxsae.runtime.background import AT_ONCE, Background, HostCopy, side_by_side
 
 
 def test_jobs_run_in_order_on_another_thread() -> None:

@@ -19,9 +19,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from fluxsae import interrupts
 from fluxsae.activations import ActivationData
-from fluxsae.interrupts import Interrupted, LastCheckpoint, StopsWhereItCanGoOn, interruptible
+from fluxsae.runtime import interrupts
+from fluxsae.runtime.interrupts import Interrupted, LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import TopK
 from fluxsae.training import SAETraining
 from tests.synthetic import token_shards
@@ -125,7 +125,7 @@ def fit(folder: Path, *callbacks: Callback, **changes: Any) -> None:
 def test_a_checkpoint_is_written_where_minutes_have_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs of six steps: the clock is looked at after 5, 6, 10, 12, 15 and 18."""
     clock, saved = Clock(), Saved()
-    monkeypatch.setattr("fluxsae.interrupts.monotonic", lambda: clock.seconds)
+    monkeypatch.setattr("fluxsae.runtime.interrupts.monotonic", lambda: clock.seconds)
     fit(tmp_path, clock, LastCheckpoint(tmp_path, minutes=2.0, every_n_steps=5), max_epochs=3, plugins=[saved])
     assert saved.steps == [5, 10, 12, 15, 18]
 

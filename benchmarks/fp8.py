@@ -25,9 +25,9 @@ from torch import Tensor
 
 from fluxsae.activations import ActivationData
 from fluxsae.files.whole import whole_file
+from fluxsae.kernels.fp8 import Scaled, straight_through
 from fluxsae.sae import L1, SAE, TopK, load_sae
 from fluxsae.sae.evaluation import Evaluation
-from fluxsae.sae.fp8 import Scaled, straight_through
 from fluxsae.shards import ShardSet, ShardWriter
 from fluxsae.training import SAETraining
 

@@ -27,10 +27,10 @@ from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.coder import L1, SAE, Pass, TopK
 from fluxsae.sae.dead import aux_error, draw_directions, resample
 from fluxsae.sae.evaluation import Evaluation, Metrics, batch_variance_explained
+from fluxsae.sae.feature_rows import add_rows, whole
 from fluxsae.sae.fused import CHECKED, FusedStep, Settings, StepAdam, disagreement, why_not_fused
 from fluxsae.sae.objective import squared_errors, token_weights
 from fluxsae.sae.parallel import average_gradients, gather, shard
-from fluxsae.sae.rows import add_rows, whole
 
 _logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from fluxsae.runtime import gather_tensors
 from fluxsae.scoring import ImageScores, SAEScoring, all_shards
 
 if _HAS_TRITON := find_spec("triton") is not None:
-    from fluxsae.sae.kernels import best_images
+    from fluxsae.kernels import best_images
 
 
 class TopList:

@@ -27,7 +27,7 @@ from fluxsae.mixing.order import Chunk
 from fluxsae.shards.rows import RowReader, Rows
 
 if _HAS_TRITON := find_spec("triton") is not None:
-    from fluxsae.mixing import kernels
+    from fluxsae.kernels import gathering as kernels
 
 _SLOT = 2**24
 """Bytes of a slot, about: enough for what the interpreter does about it not to matter."""

@@ -17,9 +17,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fluxsae.kernels.reference import decode, largest
 from fluxsae.records import CaptureSpec, Statistics
-from fluxsae.sae import kernels
-from fluxsae.sae.rows import set_rows
+from fluxsae.sae.feature_rows import set_rows
 
 
 class Pass(NamedTuple):
@@ -169,8 +169,8 @@ class SAE(nn.Module, ABC):
     def explain(self, x: Float[Tensor, "N D"], features: Int[Tensor, "M"], k: int) -> Float[Tensor, "N D"]:
         """What the `k` strongest of some features add to a reconstruction. Gradients reach these features only."""
         pre = (x - self.b_dec.detach()) @ self.W_enc[features].T + self.b_enc[features]
-        indices = kernels.largest(pre.detach(), k)
-        return kernels.decode(pre.gather(1, indices).relu(), indices, self.W_dec[features])
+        indices = largest(pre.detach(), k)
+        return decode(pre.gather(1, indices).relu(), indices, self.W_dec[features])
 
     def of_all(self, numbers: Shaped[Tensor, "H *shape"]) -> Shaped[Tensor, "F *shape"]:
         """Numbers of all features from those of the features that codes are of: the same, unless they are spread."""
@@ -285,7 +285,7 @@ class TopK(SAE):
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         flat = pre_acts.reshape(-1, self.n_features)
-        indices = kernels.largest(flat.detach(), self.k)
+        indices = largest(flat.detach(), self.k)
         codes = torch.zeros_like(flat).scatter(1, indices, flat.gather(1, indices).relu())
         return codes.view_as(pre_acts)
 
@@ -293,13 +293,13 @@ class TopK(SAE):
         if len(self.groups) > 1:
             return super().run(x)  # a product a group: dense codes split by columns, sparse ones do not
         pre = self.project(x)
-        indices = kernels.largest(pre.detach(), self.k)
+        indices = largest(pre.detach(), self.k)
         values = pre.gather(1, indices).relu()
         active = values.detach() > 0
         fired = torch.zeros(self.n_features, device=x.device, dtype=torch.int32)
         fired.index_add_(0, indices.flatten(), active.flatten().int())
         return Pass(
-            recon=kernels.decode(values, indices, self.W_dec) + self.b_dec,
+            recon=decode(values, indices, self.W_dec) + self.b_dec,
             penalty=values.new_zeros(()),
             l0=active.sum(dim=1, dtype=torch.float32).mean(),
             fired=fired > 0,

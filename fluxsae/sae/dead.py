@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
 from fluxsae.sae.coder import SAE
-from fluxsae.sae.rows import set_rows, whole
+from fluxsae.sae.feature_rows import set_rows, whole
 
 
 def aux_error(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from fluxsae.sae.coder import SAE, Pass
-from fluxsae.sae.rows import set_rows
+from fluxsae.sae.feature_rows import set_rows
 
 
 class JumpReLU(SAE):

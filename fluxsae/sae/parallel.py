@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.functional import pad
 
 from fluxsae.sae.coder import L1, SAE, Pass, TopK
+from fluxsae.sae.feature_rows import rows_here, whole
 from fluxsae.sae.jumprelu import JumpReLU
-from fluxsae.sae.rows import rows_here, whole
 
 
 class Sharded(SAE):

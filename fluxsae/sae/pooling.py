@@ -18,7 +18,7 @@ from fluxsae.sae.coder import L1, SAE, TopK
 from fluxsae.sae.jumprelu import JumpReLU
 
 if find_spec("triton") is not None:
-    from fluxsae.sae.kernels import columns, pooling, selection
+    from fluxsae.kernels import columns, pooling, selection
 
 PART = 8192
 """Tokens whose pre-activations are in memory together: 0.4 GB of float32 for 12,288 features."""

@@ -11,7 +11,7 @@ from fluxsae.mixing import MixedTokens
 from fluxsae.shards.encoding import decode_fp8
 from tests.synthetic import token_shards
 
-kernels = pytest.importorskip("fluxsae.mixing.kernels", exc_type=ImportError)
+kernels = pytest.importorskip("fluxsae.kernels.gathering", exc_type=ImportError)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fluxsae.kernels import columns, selection
+from fluxsae.kernels.fp8 import straight_through
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.dead import aux_error
-from fluxsae.sae.fp8 import straight_through
 from fluxsae.sae.fused import FusedStep, Settings, auxiliary
 from fluxsae.sae.fused import step as fused_step
-from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, scalars, selection
+from fluxsae.sae.fused.kernels import decoding, feature_lists, row_updates, scalars
 from fluxsae.sae.objective import squared_errors, token_weights
 from tests.synthetic import randomised
 

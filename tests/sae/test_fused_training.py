@@ -15,10 +15,10 @@ pytest.importorskip("triton")
 
 import fluxsae.training
 from fluxsae.activations import ActivationData
+from fluxsae.kernels import columns
 from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, TopK
 from fluxsae.sae.fused import Settings, why_not_fused
-from fluxsae.sae.kernels import columns
 from fluxsae.training import SAETraining
 from tests.synthetic import dictionary, token_shards
 

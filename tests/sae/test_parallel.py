@@ -11,9 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.batch_topk import BatchTopK
+from fluxsae.sae.feature_rows import set_rows, whole
 from fluxsae.sae.jumprelu import JumpReLU
 from fluxsae.sae.parallel import Sharded, gather, refuse_unshardable, shard
-from fluxsae.sae.rows import set_rows, whole
 from tests.synthetic import randomised
 
 

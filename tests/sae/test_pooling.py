@@ -31,7 +31,7 @@ def draw(n_images: int, n_tokens: int, d_in: int) -> Tensor:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes at which a few tokens already cross every boundary."""
-    kernels = pytest.importorskip("fluxsae.sae.kernels.pooling", exc_type=ImportError)
+    kernels = pytest.importorskip("fluxsae.kernels.pooling", exc_type=ImportError)
     for name, size in (("FEATURES", 16), ("TOKENS", 16), ("DEPTH", 16), ("_TOGETHER", 2), ("_BLOCK", 32)):
         monkeypatch.setattr(kernels, name, size)
 

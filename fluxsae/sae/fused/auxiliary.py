@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fluxsae.kernels import columns, selection
 from fluxsae.sae.coder import SAE
-from fluxsae.sae.kernels import columns, selection
-from fluxsae.sae.kernels.row_updates import Auxiliary
-from fluxsae.sae.kernels.scalars import Weighed
+from fluxsae.sae.fused.kernels.row_updates import Auxiliary
+from fluxsae.sae.fused.kernels.scalars import Weighed
 
 _BUCKET = 128
 """The features' number is rounded up to this, so that few recorded graphs serve all numbers of dead features."""

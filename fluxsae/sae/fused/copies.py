@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fluxsae.kernels import columns
+from fluxsae.kernels.fp8 import Scaled, product, why_no_fp8
 from fluxsae.sae.coder import SAE
-from fluxsae.sae.fp8 import Scaled, product, why_no_fp8
 from fluxsae.sae.fused.settings import Settings
-from fluxsae.sae.kernels import columns
 
 
 class Copies:

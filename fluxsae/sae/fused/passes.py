@@ -14,14 +14,15 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from fluxsae.kernels import columns, selection
+from fluxsae.kernels.fp8 import Scaled
 from fluxsae.runtime import Processes
 from fluxsae.sae.coder import L1, SAE, TopK
-from fluxsae.sae.fp8 import Scaled
 from fluxsae.sae.fused.auxiliary import AuxiliaryLoss, AuxiliaryPass
 from fluxsae.sae.fused.copies import Copies
+from fluxsae.sae.fused.kernels import decoding, feature_lists, row_updates, scalars
+from fluxsae.sae.fused.kernels.feature_lists import FeatureLists
 from fluxsae.sae.fused.settings import Settings
-from fluxsae.sae.kernels import columns, decoding, feature_lists, row_updates, scalars, selection
-from fluxsae.sae.kernels.feature_lists import FeatureLists
 
 
 class Outcome(NamedTuple):

@@ -15,14 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Adam
 
+from fluxsae.kernels import columns
 from fluxsae.runtime import Processes
 from fluxsae.sae.coder import SAE
 from fluxsae.sae.fused.copies import Copies
+from fluxsae.sae.fused.kernels import row_updates, scalars
+from fluxsae.sae.fused.kernels.feature_lists import FeatureLists
+from fluxsae.sae.fused.kernels.row_updates import AdamState, Auxiliary, UnitRows
 from fluxsae.sae.fused.passes import Found, SparseFactors
 from fluxsae.sae.fused.settings import Settings
-from fluxsae.sae.kernels import columns, row_updates, scalars
-from fluxsae.sae.kernels.feature_lists import FeatureLists
-from fluxsae.sae.kernels.row_updates import AdamState, Auxiliary, UnitRows
 
 
 class Seen(NamedTuple):

@@ -13,8 +13,8 @@ import triton.language as tl
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from fluxsae.sae.fp8 import Scaled
-from fluxsae.sae.kernels.rounding import to_fp8
+from fluxsae.kernels.fp8 import Scaled
+from fluxsae.kernels.rounding import to_fp8
 
 _ROWS = 128
 _COLUMNS = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxsae.sae.fp8 import Scaled, product, why_no_fp8
+from fluxsae.kernels.fp8 import Scaled, product, why_no_fp8
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and why_no_fp8(torch.device("cuda")) is None else "cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxsae.sae import kernels
+from fluxsae.kernels import reference as kernels
 
 
 @pytest.mark.parametrize(("n_features", "k"), [(64, 4), (128, 8), (1024, 32), (100, 7), (33, 33), (1000, 1)])

@@ -42,9 +42,7 @@ if TYPE_CHECKING:
     from fluxsae.sae.coder import L1, SAE, TopK
     from fluxsae.sae.jumprelu import JumpReLU
     from fluxsae.scoring import ImageScores, SAEScoring, Scores
-    from fluxsae.shards.channels import describe_channels
-    from fluxsae.shards.read import ShardSet
-    from fluxsae.shards.verify import verify
+    from fluxsae.shards import ShardSet, describe_channels, verify
     from fluxsae.steering import FluxSteering
     from fluxsae.sweep import SweepTraining
     from fluxsae.training import SAETraining
@@ -76,7 +74,7 @@ _HOMES = {
     "fluxsae.scoring": ("ImageScores", "SAEScoring", "Scores"),
     "fluxsae.shards.channels": ("describe_channels",),
     "fluxsae.shards.read": ("ShardSet",),
-    "fluxsae.shards.verify": ("verify",),
+    "fluxsae.shards.verification": ("verify",),
     "fluxsae.records.spec": ("CaptureSpec", "GenerationSpec", "Site", "parse_site", "token_grid"),
     "fluxsae.steering": ("FluxSteering",),
     "fluxsae.sweep": ("SweepTraining",),

@@ -22,9 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from fluxsae.mixing import WHOLE, Feed, MixedTokens, Part
 from fluxsae.records import CaptureSpec, Selection, Statistics
 from fluxsae.runtime import Processes
-from fluxsae.shards.format import SampleRecord
-from fluxsae.shards.read import ShardSet
-from fluxsae.shards.rows import RowReader, Rows
+from fluxsae.shards import RowReader, SampleRecord, ShardSet, TokenBlock
 from fluxsae.whole_images import ImagesAhead, StoredImages
 
 _ADVICE = (
@@ -150,7 +148,7 @@ class ActivationData(LightningDataModule):
         if self._mixed is not None:
             self._mixed.close()
 
-    def train_dataloader(self) -> DataLoader[Rows]:
+    def train_dataloader(self) -> DataLoader[TokenBlock]:
         """The training tokens as they are stored, which `on_after_batch_transfer` decodes."""
         if self.trainer is not None:
             _close_epoch(self.trainer)
@@ -191,11 +189,13 @@ class ActivationData(LightningDataModule):
         ahead = ImagesAhead(self.shard_set, mine, self.images_per_batch, readers, pinned=pinned)
         return DataLoader(ahead, batch_size=None)
 
-    def on_after_batch_transfer(self, batch: Rows | Tensor | StoredImages, dataloader_idx: int) -> Tensor | TokenBatch:
+    def on_after_batch_transfer(
+        self, batch: TokenBlock | Tensor | StoredImages, dataloader_idx: int
+    ) -> Tensor | TokenBatch:
         """Decode stored tokens where they are used, so that fp8 travels there as it is stored."""
         if isinstance(batch, StoredImages):
             return TokenBatch(batch.tokens(), batch.images)
-        return batch.decoded() if isinstance(batch, Rows) else batch
+        return batch.decoded() if isinstance(batch, TokenBlock) else batch
 
     @property
     def _predicted(self) -> list[int]:
@@ -293,14 +293,14 @@ class Progress(NamedTuple):
     batches: int
 
 
-class _ResumableLoader(DataLoader[Rows]):
+class _ResumableLoader(DataLoader[TokenBlock]):
     """Tells its dataset the epoch before each pass (Lightning does so for samplers only), and keeps its place.
 
     Lightning saves and restores the state of a loader that has one. The first pass after that goes on behind the
     batches that were done, without reading those.
     """
 
-    def __init__(self, tokens: Dataset[Rows], *, progress: Callable[[], Progress], pin_memory: bool) -> None:
+    def __init__(self, tokens: Dataset[TokenBlock], *, progress: Callable[[], Progress], pin_memory: bool) -> None:
         super().__init__(tokens, batch_size=None, pin_memory=pin_memory)
         self._progress = progress
         self._skip = 0

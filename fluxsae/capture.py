@@ -39,9 +39,7 @@ from fluxsae.flux.shapes import token_shapes
 from fluxsae.records import GenerationSpec, check_step, parse_site, prompts_hash, token_grid
 from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
 from fluxsae.runtime import Background, HostCopy, OneRunOnly, side_by_side
-from fluxsae.shards.channels import describe_channels
-from fluxsae.shards.format import SampleRecord, Storage
-from fluxsae.shards.read import ShardSet
+from fluxsae.shards import SampleRecord, ShardSet, Storage, describe_channels
 
 __all__ = ["FluxCapture", "GenerationRequest", "PromptData", "RequestBatch", "image_seed", "set_folder"]
 

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 from fluxsae.files import read_json, remove_parts, write_json, write_text
 from fluxsae.records import CaptureSpec, GenerationSpec, Prompt, Site, differences
 from fluxsae.requests import PromptData, RequestBatch
-from fluxsae.shards.format import Storage
-from fluxsae.shards.write import ShardWriter
+from fluxsae.shards import ShardWriter, Storage
 
 GENERATION = "generation.json"
 TOKEN_BYTES = {"bf16": 2, "fp32": 4, "fp8": 1}

@@ -99,9 +99,7 @@ def _interrupted(what: str, arguments: list[str], signum: int) -> int:
 
 
 def _verify(folder: Path) -> int:
-    from fluxsae.shards.channels import describe_channels
-    from fluxsae.shards.read import ShardSet
-    from fluxsae.shards.verify import verify
+    from fluxsae.shards import ShardSet, describe_channels, verify
 
     if not folder.is_dir():
         raise FileNotFoundError(

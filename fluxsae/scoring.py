@@ -24,7 +24,7 @@ from fluxsae.files import read_csv, read_json, unknown_key
 from fluxsae.records import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
 from fluxsae.sae import load_sae
 from fluxsae.sae.pooling import PlainPooling, Pooled, Pooling, pooling_of
-from fluxsae.shards.read import ShardSet
+from fluxsae.shards import ShardSet
 
 _logger = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from fluxsae.records import CaptureSpec, Feature, Grid, Selection, check_step, p
 from fluxsae.requests import GenerationRequest, RequestBatch
 from fluxsae.sae.checkpoint import load_sae
 from fluxsae.sae.coder import SAE
-from fluxsae.shards.read import ShardSet
+from fluxsae.shards import ShardSet
 
 Mode = Literal["add", "scale", "clamp"]
 Kind = Literal["baseline", "feature", "random"]

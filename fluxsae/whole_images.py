@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from fluxsae.mixing.memory import Recycled, threads
-from fluxsae.shards.read import ShardSet
-from fluxsae.shards.rows import RowReader, Rows
+from fluxsae.shards import RowReader, ShardSet, TokenBlock
 
 
 class StoredImages(NamedTuple):
     """All tokens of some images as they are stored, and which images they are."""
 
-    rows: Rows
+    rows: TokenBlock
     images: Int[Tensor, "B"]
 
     def tokens(self) -> Float[Tensor, "B T D"]:

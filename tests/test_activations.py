@@ -20,7 +20,7 @@ from fluxsae.records.features import Selection, update_features
 from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet
 from fluxsae.shards.format import Storage
-from fluxsae.shards.rows import Rows
+from fluxsae.shards.token_blocks import TokenBlock
 from fluxsae.training import SAETraining
 from tests.synthetic import records, token_shards
 
@@ -31,9 +31,9 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return token_shards(tmp_path_factory.mktemp("tokens"), 12, 2, storage="fp32")
 
 
-def keys(batch: Rows | Tensor) -> list[float]:
+def keys(batch: TokenBlock | Tensor) -> list[float]:
     """What tells one synthetic token from another."""
-    return (batch.decoded() if isinstance(batch, Rows) else batch)[:, 0].tolist()
+    return (batch.decoded() if isinstance(batch, TokenBlock) else batch)[:, 0].tolist()
 
 
 def all_keys(shards: ShardSet, images: list[int]) -> Counter[float]:

@@ -20,7 +20,7 @@ from fluxsae.analysis.top_images import TopList, gather_top
 from fluxsae.records import differences, update_features
 from fluxsae.runtime import gather_tensors
 from fluxsae.scoring import ImageScores, SAEScoring, all_shards, prompt_key
-from fluxsae.shards.read import ShardSet
+from fluxsae.shards import ShardSet
 
 _CANDIDATES = 4
 """Times as many images are kept a feature where its examples may be taken by another."""

@@ -21,7 +21,7 @@ from fluxsae.files import read_csv, read_json, whole_file, write_csv, write_json
 from fluxsae.records import Selection, parse_site
 from fluxsae.runtime import OneRunOnly, SharedArray
 from fluxsae.scoring import SAEScoring, scored_shards
-from fluxsae.shards.read import ShardSet
+from fluxsae.shards import ShardSet
 
 Mode = Literal["smooth", "patch"]
 Scale = Literal["shared", "image"]

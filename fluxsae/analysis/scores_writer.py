@@ -13,7 +13,7 @@ from fluxsae.files import remove_parts, write_csv, write_json
 from fluxsae.records import read_prompts
 from fluxsae.runtime import OneRunOnly, SharedArray
 from fluxsae.scoring import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY, ImageScores, SAEScoring, all_shards
-from fluxsae.shards.read import ShardSet
+from fluxsae.shards import ShardSet
 
 
 class ScoresWriter(OneRunOnly):

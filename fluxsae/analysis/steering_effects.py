@@ -23,7 +23,7 @@ from fluxsae.analysis.clip import Clip, embed, load_clip
 from fluxsae.files import write_csv
 from fluxsae.records import read_features
 from fluxsae.runtime import OneRunOnly, gather_objects
-from fluxsae.shards.read import ShardSet
+from fluxsae.shards import ShardSet
 from fluxsae.steering import FluxSteering, Steered
 
 MEASURES = ("ssim_distance", "clip_distance", "clip_change", "activation", "activation_change")

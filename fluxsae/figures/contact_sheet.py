@@ -12,7 +12,7 @@ from fluxsae.analysis.overlays import overlay, read_overlays
 from fluxsae.figures.style import BLUE, FAINT, INK, MUTED, ORANGE, font
 from fluxsae.files import whole_file, write_csv
 from fluxsae.records import Feature, Selection, shown
-from fluxsae.shards.read import ShardSet
+from fluxsae.shards import ShardSet
 
 Layout = Literal["pairs", "overlays"]
 Points = int | float

@@ -24,7 +24,7 @@ from torch import Tensor
 from fluxsae.mixing.copier import SPAN, Copier
 from fluxsae.mixing.memory import threads
 from fluxsae.mixing.order import Chunk
-from fluxsae.shards.rows import RowReader, Rows
+from fluxsae.shards import RowReader, TokenBlock
 
 if _HAS_TRITON := find_spec("triton") is not None:
     from fluxsae.kernels import gathering as kernels
@@ -68,7 +68,7 @@ class Located(NamedTuple):
 class Filling(NamedTuple):
     """Rows of a chunk as they were stored, and the order in which they are wanted."""
 
-    rows: Rows
+    rows: TokenBlock
     order: Int64[Tensor, "N"]
     ends_epoch: bool
 
@@ -95,7 +95,7 @@ class DeviceMixing:
         """The device memory that it takes, but for the batches."""
         return 2 * self.reader.format.n_bytes(self.n_images * self.reader.n_tokens)
 
-    def batches(self, chunks: Iterator[Chunk]) -> Generator[Rows | None]:
+    def batches(self, chunks: Iterator[Chunk]) -> Generator[TokenBlock | None]:
         """The tokens of all chunks in batches [B, D], and None behind an epoch's last, which may be smaller.
 
         ValueError for a damaged shard.
@@ -104,7 +104,7 @@ class DeviceMixing:
         with closing(Ring(self.reader, self.images_per_slot, self.n_readers, self.device)) as ring:
             yield from self._gathered(self._filled(chunks, pieces, ring), ring)
 
-    def _filled(self, chunks: Iterator[Chunk], pieces: Sequence[Rows], ring: Ring) -> Iterator[Filling]:
+    def _filled(self, chunks: Iterator[Chunk], pieces: Sequence[TokenBlock], ring: Ring) -> Iterator[Filling]:
         """Every chunk when it is on the device; while its batches are asked for, the next one is read."""
 
         def next_located() -> Located | None:
@@ -126,7 +126,7 @@ class DeviceMixing:
                 ahead = None if found is None else self._fill(found, pieces[i % 2], ring)
                 yield now
 
-    def _fill(self, found: Located, piece: Rows, ring: Ring) -> Filling:
+    def _fill(self, found: Located, piece: TokenBlock, ring: Ring) -> Filling:
         n_tokens, order = self.reader.n_tokens, found.order.to(self.device, non_blocking=True)
         ring.after_computation()
         for i in range(0, len(found.images), self.images_per_slot):
@@ -135,8 +135,8 @@ class DeviceMixing:
             ring.put(Job(images, found.places[i : i + len(images)], rows))
         return Filling(piece, order, found.ends_epoch)
 
-    def _gathered(self, fillings: Iterable[Filling], ring: Ring) -> Iterator[Rows | None]:
-        waiting: Rows | None = None
+    def _gathered(self, fillings: Iterable[Filling], ring: Ring) -> Iterator[TokenBlock | None]:
+        waiting: TokenBlock | None = None
         for rows, order, ends_epoch in fillings:
             begin, end = 0, self.batch_size - (0 if waiting is None else len(waiting.tokens))
             while end <= len(order):
@@ -152,14 +152,14 @@ class DeviceMixing:
                 waiting = None
                 yield None
 
-    def _taken(self, rows: Rows, index: Int64[Tensor, "B"]) -> Rows:
+    def _taken(self, rows: TokenBlock, index: Int64[Tensor, "B"]) -> TokenBlock:
         """Some rows as new ones; fp8 comes decoded where a kernel does that on the way."""
         if rows.scale is None or not self._decodes:
             return rows.taken(index)
         with torch.cuda.device_of(index):  # where a kernel is launched, whatever its tensors
-            return Rows(kernels.gather_decoded(rows.tokens, rows.scale, index), None)
+            return TokenBlock(kernels.gather_decoded(rows.tokens, rows.scale, index), None)
 
-    def _piece(self) -> Rows:
+    def _piece(self) -> TokenBlock:
         n = self.n_images * self.reader.n_tokens
         memory = torch.empty(self.reader.format.n_bytes(n), dtype=torch.uint8, device=self.device)
         return self.reader.format.rows(n, memory)
@@ -169,7 +169,7 @@ class Slot(NamedTuple):
     """Host memory for some images on their way to the device, and the event of their arrival there."""
 
     number: int
-    rows: Rows
+    rows: TokenBlock
     arrival: torch.cuda.Event | None
 
 
@@ -178,7 +178,7 @@ class Job(NamedTuple):
 
     images: Sequence[int]
     places: Int64[np.ndarray, "I 3"]
-    rows: Rows
+    rows: TokenBlock
 
 
 class Ring:

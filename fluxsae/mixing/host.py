@@ -15,7 +15,7 @@ import numpy as np
 
 from fluxsae.mixing.memory import Recycled, threads
 from fluxsae.mixing.order import Chunk
-from fluxsae.shards.rows import RowReader, Rows
+from fluxsae.shards import RowReader, TokenBlock
 
 _TASK = 2**24
 """Bytes that a thread reads at a time, about: enough for what the interpreter does about them not to matter."""
@@ -24,11 +24,11 @@ _TASK = 2**24
 class Filling(NamedTuple):
     """Rows in their order, once the reads are done."""
 
-    rows: Rows
+    rows: TokenBlock
     reads: list[Future[None]]
     ends_epoch: bool
 
-    def wait(self) -> Rows:
+    def wait(self) -> TokenBlock:
         for read in self.reads:
             read.result()
         return self.rows
@@ -49,7 +49,7 @@ class HostMixing:
         self.images_per_task = max(1, _TASK // reader.format.n_bytes(reader.n_tokens))
         self._pieces = Recycled(reader.format.n_bytes(n_images * reader.n_tokens + batch_size), 2)
 
-    def batches(self, chunks: Iterator[Chunk]) -> Generator[Rows | None]:
+    def batches(self, chunks: Iterator[Chunk]) -> Generator[TokenBlock | None]:
         """The tokens of all chunks in batches [B, D], and None behind an epoch's last, which may be smaller.
 
         ValueError for a damaged shard.
@@ -57,7 +57,7 @@ class HostMixing:
         with threads(self.n_readers) as readers:
             yield from self._batches(chunks, readers)
 
-    def _batches(self, chunks: Iterator[Chunk], readers: ThreadPoolExecutor) -> Iterator[Rows | None]:
+    def _batches(self, chunks: Iterator[Chunk], readers: ThreadPoolExecutor) -> Iterator[TokenBlock | None]:
         chunk, rest = next(chunks, None), None
         ahead = None if chunk is None else self._fill(chunk, rest, readers)
         while ahead is not None:
@@ -76,7 +76,7 @@ class HostMixing:
             if ends_epoch:
                 yield None
 
-    def _fill(self, chunk: Chunk, rest: Rows | None, readers: ThreadPoolExecutor) -> Filling:
+    def _fill(self, chunk: Chunk, rest: TokenBlock | None, readers: ThreadPoolExecutor) -> Filling:
         """Begin to read a chunk; what did not fill a batch of the last one goes before it."""
         n, n_rest = len(chunk.order), 0 if rest is None else len(rest.tokens)
         rows = self.reader.format.rows(n_rest + n, self._pieces.take())

@@ -16,8 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fluxsae.mixing.device import DeviceMixing, Lead
 from fluxsae.mixing.host import HostMixing
 from fluxsae.mixing.order import WHOLE, Chunk, Part, draw_chunks, largest_chunk
-from fluxsae.shards.read import ShardSet
-from fluxsae.shards.rows import RowReader, Rows
+from fluxsae.shards import RowReader, ShardSet, TokenBlock
 
 
 class Feed:
@@ -32,10 +31,10 @@ class _Coming(NamedTuple):
     """The batches from an epoch on, some of which may have been read already."""
 
     epoch: int
-    batches: Generator[Rows | None]
+    batches: Generator[TokenBlock | None]
 
 
-class MixedTokens(IterableDataset[Rows]):
+class MixedTokens(IterableDataset[TokenBlock]):
     """Batches [B, D] of training tokens as they are stored, each once an epoch, in an order that (seed, epoch) decides.
 
     The images are permuted; up to `buffer_images` at a time are loaded and their tokens mixed, while the next ones are
@@ -82,7 +81,7 @@ class MixedTokens(IterableDataset[Rows]):
         # The smallest process's count, at which all stop.
         return -(-(len(self.images) // self.part.of) * self.shards.spec.n_tokens // self.batch_size)
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[TokenBlock]:
         """The batches of `epoch` behind the first `n_skipped`; what those alone need is not read."""
         if get_worker_info() is not None:
             raise ValueError(f"MixedTokens reads with {self.readers} threads of its own; load it without workers.")
@@ -94,7 +93,7 @@ class MixedTokens(IterableDataset[Rows]):
         if coming is not None:
             coming.batches.close()
 
-    def _one_epoch(self, n_batches: int) -> Generator[Rows]:
+    def _one_epoch(self, n_batches: int) -> Generator[TokenBlock]:
         """The batches of `epoch` behind the first `n_skipped`; with several processes there may be one too many."""
         if n_batches <= 0:
             return
@@ -149,7 +148,7 @@ class MixedTokens(IterableDataset[Rows]):
                 self._mixing = DeviceMixing(reader, n_images, self.batch_size, self.readers, self.device)
         return self._mixing
 
-    def _timed(self, batches: Generator[Rows]) -> Iterator[Rows]:
+    def _timed(self, batches: Generator[TokenBlock]) -> Iterator[TokenBlock]:
         row_bytes = self.mixing.reader.format.row_bytes
         lead = Lead(self.device) if self.device is not None and self.device.type == "cuda" else None
         with closing(batches):

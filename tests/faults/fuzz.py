@@ -21,7 +21,7 @@ import torch
 
 from fluxsae.records.spec import differences
 from fluxsae.shards import ShardSet, ShardWriter
-from fluxsae.shards.verify import verify
+from fluxsae.shards.verification import verify
 from tests.faults.damage import FAULTS, Damage
 from tests.synthetic import image_shards, token_shards
 

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from fluxsae.files.tables import read_csv
 from fluxsae.sae import TopK, load_sae, save_sae
 from fluxsae.scoring import Scores
-from fluxsae.shards.verify import verify
+from fluxsae.shards.verification import verify
 from tests.random_flux import random_flux
 from tests.synthetic import randomised, token_shards
 

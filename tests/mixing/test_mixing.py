@@ -24,10 +24,11 @@ from fluxsae.mixing.copier import Copier
 from fluxsae.mixing.device import _AHEAD, Lead
 from fluxsae.mixing.memory import Recycled
 from fluxsae.mixing.order import draw_chunks, largest_chunk
-from fluxsae.shards import ShardSet, rows
+from fluxsae.shards import ShardSet
+from fluxsae.shards import token_blocks as rows
 from fluxsae.shards.format import Storage
 from fluxsae.shards.read import Stored
-from fluxsae.shards.rows import RowReader, Rows
+from fluxsae.shards.token_blocks import RowReader, TokenBlock
 from fluxsae.whole_images import ImagesAhead
 from tests.synthetic import token_shards
 
@@ -149,7 +150,7 @@ def test_a_batch_stays_while_the_next_is_asked_for(shards: ShardSet, device: tor
     data = MixedTokens(shards, range(24), batch_size=40, buffer_images=3, seed=3, device=device)
     expected = iter(plain_batches(shards, 24, 3, 40))
     data.epoch = 1
-    last: Rows | None = None
+    last: TokenBlock | None = None
     for batch in data:
         assert last is None or torch.equal(last.decoded().cpu(), next(expected))
         last = batch
@@ -235,7 +236,7 @@ def test_fp8_that_was_converted_on_its_way_decodes_alike(tmp_path: Path) -> None
     """A Trainer in bf16-true converts all floating-point tensors of a batch before it hands them on."""
     [rows] = MixedTokens(token_shards(tmp_path, 2, 1, storage="fp8"), range(2), batch_size=32)
     assert rows.scale is not None
-    converted = Rows(rows.tokens.bfloat16(), rows.scale.bfloat16())
+    converted = TokenBlock(rows.tokens.bfloat16(), rows.scale.bfloat16())
     assert torch.equal(converted.decoded(), rows.decoded())
 
 
@@ -375,7 +376,7 @@ def test_images_in_order_are_copied_by_one_call(
 
 
 def test_a_file_system_that_gives_less_than_it_is_asked_for(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fluxsae.shards.rows._libc", Stingy())
+    monkeypatch.setattr("fluxsae.shards.token_blocks._libc", Stingy())
     data = MixedTokens(shards, range(24), batch_size=40, seed=3)
     data.epoch = 1
     found = torch.cat([batch.decoded() for batch in data])

@@ -10,7 +10,7 @@ import pytest
 
 from fluxsae.files.json_files import read_json, write_json
 from fluxsae.shards import ShardSet, ShardWriter
-from fluxsae.shards.verify import verify
+from fluxsae.shards.verification import verify
 from tests.faults.damage import Entry, read_tar, seal, write_tar
 from tests.synthetic import image_shards, token_shards
 

@@ -14,7 +14,7 @@ from webdataset import TarWriter
 
 from fluxsae.shards import ShardSet, ShardWriter
 from fluxsae.shards.format import Storage
-from fluxsae.shards.verify import verify
+from fluxsae.shards.verification import verify
 from tests.synthetic import capture_spec, generation_spec, records, token_shards
 
 

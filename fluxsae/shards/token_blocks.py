@@ -41,28 +41,28 @@ _MOST = os.sysconf("SC_IOV_MAX")
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
-class Rows(NamedTuple):
+class TokenBlock(NamedTuple):
     """Tokens as they are stored: bf16 or float32, or fp8 with a scale a token."""
 
     tokens: Float[Tensor, "N D"]
     scale: Float[Tensor, "N"] | None
 
-    def part(self, begin: int, end: int) -> Rows:
-        return Rows(self.tokens[begin:end], None if self.scale is None else self.scale[begin:end])
+    def part(self, begin: int, end: int) -> TokenBlock:
+        return TokenBlock(self.tokens[begin:end], None if self.scale is None else self.scale[begin:end])
 
-    def taken(self, index: Int64[Tensor, "M"]) -> Rows:
+    def taken(self, index: Int64[Tensor, "M"]) -> TokenBlock:
         """Some rows, as new ones."""
         tokens = _words(self.tokens).index_select(0, index).view(self.tokens.dtype)
-        return Rows(tokens, None if self.scale is None else self.scale.index_select(0, index))
+        return TokenBlock(tokens, None if self.scale is None else self.scale.index_select(0, index))
 
-    def followed_by(self, other: Rows) -> Rows:
+    def followed_by(self, other: TokenBlock) -> TokenBlock:
         """These rows and then others that are stored alike, as new ones."""
         tokens = torch.cat([_words(self.tokens), _words(other.tokens)]).view(self.tokens.dtype)
         if self.scale is None or other.scale is None:
-            return Rows(tokens, None)
-        return Rows(tokens, torch.cat([self.scale, other.scale]))
+            return TokenBlock(tokens, None)
+        return TokenBlock(tokens, torch.cat([self.scale, other.scale]))
 
-    def copy_(self, source: Rows) -> None:
+    def copy_(self, source: TokenBlock) -> None:
         """As `Tensor.copy_`, without waiting for it where a device does it."""
         self.tokens.copy_(source.tokens, non_blocking=True)
         if self.scale is not None and source.scale is not None:
@@ -91,11 +91,11 @@ class Format(NamedTuple):
         """Bytes of a token on disk."""
         return self.width * self.dtype.itemsize + (4 if self.scaled else 0)
 
-    def rows(self, n: int, memory: Tensor) -> Rows:
+    def rows(self, n: int, memory: Tensor) -> TokenBlock:
         """`n` rows in `memory`, whose uint8 may lie on any device."""
         size = n * self.width * self.dtype.itemsize
         tokens = memory[:size].view(self.dtype).view(n, self.width)
-        return Rows(tokens, memory[-(-size // 4) * 4 :][: 4 * n].view(torch.float32) if self.scaled else None)
+        return TokenBlock(tokens, memory[-(-size // 4) * 4 :][: 4 * n].view(torch.float32) if self.scaled else None)
 
     def n_bytes(self, n: int) -> int:
         """The memory that `rows` needs."""
@@ -113,7 +113,7 @@ class RowReader:
         self._starts = np.full(len(shards), -1)  # of images that are laid out so, where that is known
         self._lock = threading.Lock()
 
-    def read(self, images: Sequence[int], rows: Rows, places: Int64[np.ndarray, "I T"]) -> None:
+    def read(self, images: Sequence[int], rows: TokenBlock, places: Int64[np.ndarray, "I T"]) -> None:
         """Token t of image i goes to `rows[places[i, t]]`; ValueError as from `ShardSet.tokens` for a damaged one."""
         # All found before the first is read, since what is read drives the interpreter out of the processor's cache.
         found = [self._find(image) for image in images]
@@ -139,7 +139,7 @@ class RowReader:
                 self._fill_scale(rest, found, scale)
                 scales[places] = scale.numpy()
 
-    def read_in_order(self, images: Sequence[int], rows: Rows) -> None:
+    def read_in_order(self, images: Sequence[int], rows: TokenBlock) -> None:
         """The tokens of several images, one after the other; ValueError as from `read`."""
         found = [self._find(image) for image in images]
         pieces = _whole(rows.tokens.view(len(images), -1))

@@ -30,8 +30,8 @@ from torchvision.transforms.functional import to_tensor
 from benchmarks.judge import Verdict, ZeroShot, judge, load_zero_shot, truth
 from fluxsae.figures.style import GREEN, INK, MUTED, ORANGE, drawing
 from fluxsae.files.whole import whole_file
-from fluxsae.flux.generate import generate
-from fluxsae.flux.load import load_pipeline
+from fluxsae.models.generation import generate
+from fluxsae.models.load import load_pipeline
 from scripts.tiny.scenes import SIDE, Caption, random_caption, render, to_tensors
 from scripts.tiny.text import TEXT_LENGTH
 

@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from fluxsae.analysis.steering_grids import SteeringGrids
     from fluxsae.analysis.top_images import TopImages
     from fluxsae.capture import FluxCapture, PromptData
-    from fluxsae.flux.generate import generate
-    from fluxsae.flux.intervene import intervene
-    from fluxsae.flux.load import load_pipeline
-    from fluxsae.flux.record import Tape, record
+    from fluxsae.models import Tape, generate, intervene, load_pipeline, record
     from fluxsae.records import (
         CaptureSpec,
         Feature,
@@ -61,10 +58,10 @@ _HOMES = {
     "fluxsae.analysis.top_images": ("TopImages",),
     "fluxsae.capture": ("FluxCapture", "PromptData"),
     "fluxsae.records.features": ("Feature", "Selection", "read_features", "update_features"),
-    "fluxsae.flux.generate": ("generate",),
-    "fluxsae.flux.intervene": ("intervene",),
-    "fluxsae.flux.load": ("load_pipeline",),
-    "fluxsae.flux.record": ("Tape", "record"),
+    "fluxsae.models.generation": ("generate",),
+    "fluxsae.models.intervention": ("intervene",),
+    "fluxsae.models.load": ("load_pipeline",),
+    "fluxsae.models.recording": ("Tape", "record"),
     "fluxsae.records.prompts": ("Prompt", "read_prompts"),
     "fluxsae.runtime": ("LastCheckpoint", "OneAllReduce"),
     "fluxsae.sae.batch_topk": ("BatchTopK",),

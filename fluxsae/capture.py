@@ -30,12 +30,22 @@ from fluxsae.capture_folder import (
     token_bytes,
 )
 from fluxsae.capture_progress import ProgressLog
-from fluxsae.flux.embeddings import EmbeddingCache, EmbeddingsAhead
-from fluxsae.flux.generate import generate, pictures, time_shift
-from fluxsae.flux.load import FluxPipeline, load_frame, load_pipeline, transformer_skeleton, weights_identity
-from fluxsae.flux.place import place
-from fluxsae.flux.record import TapeIsFull, record
-from fluxsae.flux.shapes import token_shapes
+from fluxsae.models import (
+    EmbeddingCache,
+    EmbeddingsAhead,
+    FluxPipeline,
+    TapeIsFull,
+    generate,
+    load_frame,
+    load_pipeline,
+    pictures,
+    record,
+    time_shift,
+    to_device,
+    token_shapes,
+    transformer_skeleton,
+    weights_identity,
+)
 from fluxsae.records import GenerationSpec, check_step, parse_site, prompts_hash, token_grid
 from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
 from fluxsae.runtime import Background, HostCopy, OneRunOnly, side_by_side
@@ -84,7 +94,7 @@ class FluxCapture(LightningModule):
             tokens that is 4 MiB a prompt on disk. Otherwise prompts are encoded as they come.
         compile: compile the transformer's blocks; by default on a GPU.
         offload_blocks: how many single-stream blocks of the transformer stay in host memory and are copied to the
-            device in every step, see `fluxsae.flux.offload`. For FLUX.1 each spares 283 MB, but for two.
+            device in every step, see `fluxsae.models.offload`. For FLUX.1 each spares 283 MB, but for two.
     """
 
     def __init__(
@@ -222,7 +232,7 @@ class FluxCapture(LightningModule):
         if self.keep_embeddings:
             cache.encode_ahead([request.prompt for request in self._requests_to_come], self.device)
         compiled = self.device.type == "cuda" if self.compile_blocks is None else self.compile_blocks
-        pipe = place(pipe, self.device, n_offloaded=self.offload_blocks, compiled=compiled)
+        pipe = to_device(pipe, self.device, n_offloaded=self.offload_blocks, compiled=compiled)
         self._embeddings = EmbeddingsAhead(cache, self.device)
         return pipe, self._embeddings
 

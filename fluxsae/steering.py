@@ -17,12 +17,20 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.flux.embeddings import EmbeddingCache, PromptEmbeddings
-from fluxsae.flux.generate import generate
-from fluxsae.flux.intervene import Schedule, intervene, random_twin
-from fluxsae.flux.load import FluxPipeline, load_pipeline, transformer_skeleton, weights_identity
-from fluxsae.flux.record import record
-from fluxsae.flux.streams import find_module
+from fluxsae.models import (
+    EmbeddingCache,
+    FluxPipeline,
+    PromptEmbeddings,
+    Schedule,
+    find_module,
+    generate,
+    intervene,
+    load_pipeline,
+    random_twin,
+    record,
+    transformer_skeleton,
+    weights_identity,
+)
 from fluxsae.records import CaptureSpec, Feature, Grid, Selection, check_step, parse_site
 from fluxsae.requests import GenerationRequest, RequestBatch
 from fluxsae.sae.checkpoint import load_sae

@@ -17,7 +17,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from fluxsae.flux.load import load_pipeline
+from fluxsae.models.load import load_pipeline
 from tests.random_flux import random_flux
 
 torch.set_num_threads(1)  # test processes run beside each other, on matrices that no thread pool helps

@@ -22,12 +22,12 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from lightning import Trainer
 
 import fluxsae.capture
-import fluxsae.flux.place
+import fluxsae.models.placement
 from fluxsae.capture import FluxCapture, PromptData, RequestBatch, image_seed, set_folder
-from fluxsae.flux.embeddings import EmbeddingCache, EmbeddingsAhead, PromptEmbeddings
-from fluxsae.flux.generate import Generated, generate
-from fluxsae.flux.load import load_pipeline
-from fluxsae.flux.record import record
+from fluxsae.models.embeddings import EmbeddingCache, EmbeddingsAhead, PromptEmbeddings
+from fluxsae.models.generation import Generated, generate
+from fluxsae.models.load import load_pipeline
+from fluxsae.models.recording import record
 from fluxsae.shards.read import ShardSet
 
 SITE, TEXT_SITE = "transformer_blocks.1.ff", "single_transformer_blocks.0:text"
@@ -341,7 +341,7 @@ def test_prompts_encoded_as_they_come_and_blocks_in_host_memory_change_nothing(
 
 
 def test_compiled_blocks(tiny_flux: Path, prompts: Path, tmp_path: Path, finished: Path) -> None:
-    with mock.patch.object(fluxsae.flux.place, "compile_blocks", side_effect=compile_in_python) as compile_:
+    with mock.patch.object(fluxsae.models.placement, "compile_blocks", side_effect=compile_in_python) as compile_:
         run(capture(tiny_flux, tmp_path / "compiled", compile=True, offload_blocks=1), data(prompts))
     assert compile_.call_count == 1
     a, b = (ShardSet.open(set_folder(folder, TEXT_SITE, 2)) for folder in (finished, tmp_path / "compiled"))

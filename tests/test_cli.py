@@ -16,7 +16,7 @@ import yaml
 
 from fluxsae.cli import main
 from fluxsae.explain import explain, innermost
-from fluxsae.flux.load import load_pipeline
+from fluxsae.models.load import load_pipeline
 from tests.random_flux import random_flux
 
 Change = Callable[[dict[str, Any]], object]

@@ -20,7 +20,7 @@ from fluxsae.activations import ActivationData
 from fluxsae.cli import main
 from fluxsae.files.json_files import read_json
 from fluxsae.files.tables import read_csv
-from fluxsae.flux.load import load_pipeline
+from fluxsae.models.load import load_pipeline
 from fluxsae.records.features import Selection, read_features
 from fluxsae.records.prompts import read_prompts
 from fluxsae.sae import TopK

@@ -8,9 +8,9 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
-from fluxsae.flux.generate import generate
-from fluxsae.flux.intervene import intervene, random_twin, schedule_weight
-from fluxsae.flux.record import record
+from fluxsae.models.generation import generate
+from fluxsae.models.intervention import intervene, random_twin, schedule_weight
+from fluxsae.models.recording import record
 from fluxsae.sae.coder import SAE, TopK
 
 SITE = "transformer_blocks.1.ff"

@@ -7,7 +7,7 @@ import socket
 import pytest
 from huggingface_hub import constants
 
-from fluxsae.flux.load import load_pipeline
+from fluxsae.models.load import load_pipeline
 from tests.conftest import called
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fluxsae.analysis.steering_effects import ssim_distance, summarise
 from fluxsae.analysis.steering_grids import grid
-from fluxsae.flux.load import weights_identity
+from fluxsae.models.load import weights_identity
 from fluxsae.records.spec import CaptureSpec, GenerationSpec, Grid
 from fluxsae.requests import GenerationRequest, RequestBatch
 from fluxsae.sae.checkpoint import save_sae

@@ -14,7 +14,7 @@ from benchmarks.full_size.__main__ import main as run_all
 from benchmarks.full_size.capture import main
 from benchmarks.full_size.model import FULL, TINY, write_frame
 from benchmarks.full_size.processes import run_together
-from fluxsae.flux.load import load_frame, transformer_skeleton
+from fluxsae.models.load import load_frame, transformer_skeleton
 
 
 def test_the_full_frame_is_flux_1_dev(tmp_path: Path) -> None:

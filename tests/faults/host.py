@@ -15,7 +15,7 @@ import torch
 
 import fluxsae.analysis
 import fluxsae.capture
-import fluxsae.flux.generate
+import fluxsae.models.generation
 import fluxsae.scoring
 import fluxsae.trainer_cli
 from fluxsae.cli import main

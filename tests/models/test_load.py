@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from fluxsae.flux.load import load_frame, load_pipeline, model_folder, transformer_skeleton, weights_identity
+from fluxsae.models.load import load_frame, load_pipeline, model_folder, transformer_skeleton, weights_identity
 
 
 def test_the_pipeline_of_a_folder(tiny_flux: Path, tiny_pipe: FluxPipeline) -> None:

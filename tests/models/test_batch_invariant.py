@@ -10,15 +10,15 @@ from diffusers import FluxPipeline
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxsae.flux.alone import EachAlone
-from fluxsae.flux.generate import generate
+from fluxsae.models.batch_invariant import BatchInvariantLinear
+from fluxsae.models.generation import generate
 
 
 @pytest.mark.parametrize("shape", [(5, 192), (5, 7, 192), (3, 192), (1, 192)])
 def test_five_images_are_computed_one_by_one(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(shape), torch.randn(1152, 192), torch.randn(1152)
-    with EachAlone(5):
+    with BatchInvariantLinear(5):
         found = functional.linear(x, weight, bias)
     one_by_one = torch.cat([functional.linear(one, weight, bias) for one in x.split(1)])
     assert torch.equal(found, one_by_one if len(x) == 5 else functional.linear(x, weight, bias))

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from fluxsae.records import Site, Stream
 
-Layout = Literal["image", "text", "joint", "text, image", "image, text"]
+StreamOrder = Literal["image", "text", "joint", "text, image", "image, text"]
 
 
-def layout(path: str) -> Layout:
+def stream_order(path: str) -> StreamOrder:
     """How the output of the module at `path` holds the two streams."""
     if path.startswith("single_transformer_blocks."):
         return "joint"
@@ -44,7 +44,7 @@ def find_module(transformer: nn.Module, site: Site) -> nn.Module:
             f"site {site.path!r} is no module of this transformer; it has for example "
             f"{', '.join(map(repr, near))} ({_block_counts(transformer)})."
         )
-    held = layout(site.path)
+    held = stream_order(site.path)
     if held in ("image", "text") and held != site.stream:
         raise ValueError(
             f"site '{site.path}:{site.stream}' asks for {site.stream} tokens but that module holds {held} tokens only; "
@@ -84,7 +84,7 @@ def _part(output: Any, site: Site) -> int | None:
     """Which element of the output tuple holds the stream; None when the output is a tensor."""
     if not isinstance(output, (tuple, list)):
         return None
-    held = layout(site.path)
+    held = stream_order(site.path)
     if held == "joint":
         held = "joint" if _is_joint(output, site) else "text, image"
     pair = {"text, image": ("text", "image"), "image, text": ("image", "text")}.get(held)
@@ -93,7 +93,7 @@ def _part(output: Any, site: Site) -> int | None:
 
 
 def _is_joint(output: Any, site: Site) -> bool:
-    if layout(site.path) != "joint":
+    if stream_order(site.path) != "joint":
         return False
     pair = isinstance(output, (tuple, list)) and len(output) == 2
     return not (pair and all(isinstance(part, Tensor) and part.ndim == 3 for part in output))

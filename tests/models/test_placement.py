@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fluxsae.flux.load import load_pipeline
-from fluxsae.flux.offload import Offloaded, spread
-from fluxsae.flux.place import place
+from fluxsae.models.load import load_pipeline
+from fluxsae.models.offload import Offloaded, spread
+from fluxsae.models.placement import to_device
 
 CPU = torch.device("cpu")
 
@@ -57,7 +57,7 @@ def test_the_chosen_blocks_are_spread() -> None:
 
 def test_more_blocks_than_there_are(tiny_flux: Path) -> None:
     with pytest.raises(ValueError, match="offload_blocks is 3; this transformer has 2 single-stream blocks"):
-        place(load_pipeline(tiny_flux), CPU, n_offloaded=3)
+        to_device(load_pipeline(tiny_flux), CPU, n_offloaded=3)
 
 
 @pytest.mark.gpu

@@ -119,7 +119,7 @@ class EmbeddingCache:
         folder: where embeddings are kept, a safetensors file a prompt; with None those of the last call are kept in
             memory, which suffices where repetitions of a prompt follow one another.
         pipe: whose text encoders are used.
-        model_hash: the identity of its weights, `fluxsae.flux.load.weights_identity`.
+        model_hash: the identity of its weights, `fluxsae.models.load.weights_identity`.
         text_length: text tokens a prompt.
     """
 

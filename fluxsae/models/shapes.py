@@ -13,7 +13,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from fluxsae.flux.streams import find_module, read_stream
+from fluxsae.models.streams import find_module, read_stream
 from fluxsae.records import Grid, Site
 
 

@@ -18,9 +18,9 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.flux.alone import EachAlone
-from fluxsae.flux.compiled import is_compiled
-from fluxsae.flux.embeddings import PromptEmbeddings, encode_prompts
+from fluxsae.models.batch_invariant import BatchInvariantLinear
+from fluxsae.models.compiled import is_compiled
+from fluxsae.models.embeddings import PromptEmbeddings, encode_prompts
 from fluxsae.records import check_step, token_grid
 
 
@@ -87,7 +87,7 @@ def generate(
     noise = initial_noise(seeds, height, width, pipe.transformer.config.in_channels // 4, dtype)
     if device.type == "cuda":  # without waiting for what the device still has to do
         noise = noise.pin_memory().to(device, non_blocking=True)
-    with EachAlone(len(seeds)) if exact else nullcontext():
+    with BatchInvariantLinear(len(seeds)) if exact else nullcontext():
         latents: Tensor = pipe(
             latents=noise,
             prompt_embeds=prompts.prompt.to(device, dtype),

@@ -6,11 +6,13 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import nn
 
-from fluxsae.flux.compiled import compile_blocks
-from fluxsae.flux.offload import Offloaded, spread
+from fluxsae.models.compiled import compile_blocks
+from fluxsae.models.offload import Offloaded, spread
 
 
-def place(pipe: FluxPipeline, device: torch.device, *, n_offloaded: int = 0, compiled: bool = False) -> FluxPipeline:
+def to_device(
+    pipe: FluxPipeline, device: torch.device, *, n_offloaded: int = 0, compiled: bool = False
+) -> FluxPipeline:
     """Bring what `pipe` holds to `device` and return it.
 
     Args:

@@ -11,10 +11,10 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from fluxsae.flux.intervene import intervene
-from fluxsae.flux.load import load_pipeline
-from fluxsae.flux.record import TapeIsFull, record
-from fluxsae.flux.streams import find_module, layout, read_stream, replace_stream
+from fluxsae.models.intervention import intervene
+from fluxsae.models.load import load_pipeline
+from fluxsae.models.recording import TapeIsFull, record
+from fluxsae.models.streams import find_module, read_stream, replace_stream, stream_order
 from fluxsae.records.spec import parse_site
 
 N_TEXT, N_IMAGE, N_STEPS = 16, 12, 4
@@ -180,11 +180,11 @@ def test_an_older_single_block_that_returns_one_tensor_reads_the_same() -> None:
     assert torch.equal(read_stream(torch.cat(pair, dim=1), site, 3), read_stream(pair, site, 3))
 
 
-def test_every_module_of_a_block_has_a_layout(tiny_pipe: FluxPipeline) -> None:
+def test_every_module_of_a_block_has_a_stream_order(tiny_pipe: FluxPipeline) -> None:
     for path in ("transformer_blocks.0.ff", "transformer_blocks.0.attn.to_q"):
-        assert layout(path) == "image"
+        assert stream_order(path) == "image"
         find_module(tiny_pipe.transformer, parse_site(path))
-    assert layout("transformer_blocks.0.attn.add_k_proj") == "text"
+    assert stream_order("transformer_blocks.0.attn.add_k_proj") == "text"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         find_module(tiny_pipe.transformer, parse_site("single_transformer_blocks.0.proj_out:text"))

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fluxsae.flux.compiled import Uncompiled
-from fluxsae.flux.steps import StepCounter, count_steps
-from fluxsae.flux.streams import find_module, read_stream, replace_stream
+from fluxsae.models.compiled import Uncompiled
+from fluxsae.models.steps import StepCounter, count_steps
+from fluxsae.models.streams import find_module, read_stream, replace_stream
 from fluxsae.records import Site, check_step, parse_site
 from fluxsae.sae.coder import SAE
 

@@ -15,9 +15,9 @@ from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fluxsae.flux.compiled import Uncompiled
-from fluxsae.flux.steps import StepCounter, count_steps
-from fluxsae.flux.streams import find_module, read_stream
+from fluxsae.models.compiled import Uncompiled
+from fluxsae.models.steps import StepCounter, count_steps
+from fluxsae.models.streams import find_module, read_stream
 from fluxsae.records import Site, parse_site
 
 Key = tuple[str, int]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from fluxsae.flux.generate import Generated, generate, initial_noise, time_shift
+from fluxsae.models.generation import Generated, generate, initial_noise, time_shift
 from fluxsae.records.spec import token_grid
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
-class EachAlone(TorchFunctionMode):
+class BatchInvariantLinear(TorchFunctionMode):
     """Inside this context linear layers are computed image by image, where the first dimension is `n_images` long.
 
     All else stays batched: attention, elementwise functions and normalisations round each image alike in any batch.

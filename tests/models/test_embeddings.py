@@ -10,14 +10,14 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-import fluxsae.flux.embeddings
-from fluxsae.flux.embeddings import EmbeddingCache, EmbeddingsAhead, PromptEmbeddings, encode_prompts
+import fluxsae.models.embeddings
+from fluxsae.models.embeddings import EmbeddingCache, EmbeddingsAhead, PromptEmbeddings, encode_prompts
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_each_prompt_is_encoded_once(tiny_pipe: FluxPipeline, tmp_path: Path, on_disk: bool) -> None:
     folder = tmp_path / "embeddings" if on_disk else None
-    with mock.patch.object(fluxsae.flux.embeddings, "encode_prompts", wraps=encode_prompts) as encode:
+    with mock.patch.object(fluxsae.models.embeddings, "encode_prompts", wraps=encode_prompts) as encode:
         cache = EmbeddingCache(folder, tiny_pipe, "model", 16)
         found = cache.get(["a fox", "an owl", "a fox"])
         assert torch.equal(cache.get(["a fox"]).prompt[0], found.prompt[2])

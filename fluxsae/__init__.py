@@ -34,10 +34,7 @@ if TYPE_CHECKING:
         update_features,
     )
     from fluxsae.runtime import LastCheckpoint, OneAllReduce
-    from fluxsae.sae.batch_topk import BatchTopK
-    from fluxsae.sae.checkpoint import load_sae, save_sae
-    from fluxsae.sae.coder import L1, SAE, TopK
-    from fluxsae.sae.jumprelu import JumpReLU
+    from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae, save_sae
     from fluxsae.scoring import ImageScores, SAEScoring, Scores
     from fluxsae.shards import ShardSet, describe_channels, verify
     from fluxsae.steering import FluxSteering
@@ -64,10 +61,7 @@ _HOMES = {
     "fluxsae.models.recording": ("Tape", "record"),
     "fluxsae.records.prompts": ("Prompt", "read_prompts"),
     "fluxsae.runtime": ("LastCheckpoint", "OneAllReduce"),
-    "fluxsae.sae.batch_topk": ("BatchTopK",),
-    "fluxsae.sae.checkpoint": ("load_sae", "save_sae"),
-    "fluxsae.sae.coder": ("L1", "SAE", "TopK"),
-    "fluxsae.sae.jumprelu": ("JumpReLU",),
+    "fluxsae.sae": ("L1", "SAE", "BatchTopK", "JumpReLU", "TopK", "load_sae", "save_sae"),
     "fluxsae.scoring": ("ImageScores", "SAEScoring", "Scores"),
     "fluxsae.shards.channels": ("describe_channels",),
     "fluxsae.shards.read": ("ShardSet",),

@@ -22,8 +22,7 @@ from torch import Tensor
 from fluxsae.activations import ActivationData, TokenBatch
 from fluxsae.files import read_csv, read_json, unknown_key
 from fluxsae.records import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
-from fluxsae.sae import load_sae
-from fluxsae.sae.pooling import PlainPooling, Pooled, Pooling, pooling_of
+from fluxsae.sae import PlainPooling, Pooled, Pooling, load_sae, pooling_of
 from fluxsae.shards import ShardSet
 
 _logger = logging.getLogger(__name__)

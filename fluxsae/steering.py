@@ -33,8 +33,7 @@ from fluxsae.models import (
 )
 from fluxsae.records import CaptureSpec, Feature, Grid, Selection, check_step, parse_site
 from fluxsae.requests import GenerationRequest, RequestBatch
-from fluxsae.sae.checkpoint import load_sae
-from fluxsae.sae.coder import SAE
+from fluxsae.sae import SAE, load_sae
 from fluxsae.shards import ShardSet
 
 Mode = Literal["add", "scale", "clamp"]

@@ -15,7 +15,7 @@ from fluxsae.figures.decoder import decoder
 from fluxsae.figures.density import density, frequencies
 from fluxsae.figures.training_curves import read_run, training_curves
 from fluxsae.records import Selection, read_features
-from fluxsae.sae.checkpoint import load_sae
+from fluxsae.sae import load_sae
 from fluxsae.scoring import Scores
 
 

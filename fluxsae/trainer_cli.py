@@ -22,8 +22,7 @@ from fluxsae.explain import explain, is_report
 from fluxsae.files import read_yaml, remove_parts, unknown_key, whole_file, write_text
 from fluxsae.records import WHICH_IMAGES, differences
 from fluxsae.runtime import StopsWhereItCanGoOn
-from fluxsae.sae.checkpoint import load_sae
-from fluxsae.sae.coder import SAE
+from fluxsae.sae import SAE, load_sae
 from fluxsae.sweep import SweepTraining
 from fluxsae.training import SAETraining
 

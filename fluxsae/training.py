@@ -22,15 +22,28 @@ from torch.nn.parallel import DistributedDataParallel
 from fluxsae.activations import ActivationData
 from fluxsae.records import CaptureSpec, differences
 from fluxsae.runtime import OneRunOnly, Processes
-from fluxsae.sae.batch_topk import BatchTopK
-from fluxsae.sae.checkpoint import save_sae
-from fluxsae.sae.coder import L1, SAE, Pass, TopK
-from fluxsae.sae.dead import aux_error, draw_directions, resample
-from fluxsae.sae.evaluation import Evaluation, Metrics, batch_variance_explained
-from fluxsae.sae.feature_rows import add_rows, whole
+from fluxsae.sae import (
+    L1,
+    SAE,
+    BatchTopK,
+    Evaluation,
+    Metrics,
+    TopK,
+    TrainOutput,
+    add_rows,
+    aux_error,
+    average_gradients,
+    batch_variance_explained,
+    draw_directions,
+    gather,
+    resample,
+    save_sae,
+    shard,
+    squared_errors,
+    token_weights,
+    whole,
+)
 from fluxsae.sae.fused import CHECKED, FusedStep, Settings, StepAdam, disagreement, why_not_fused
-from fluxsae.sae.objective import squared_errors, token_weights
-from fluxsae.sae.parallel import average_gradients, gather, shard
 
 _logger = logging.getLogger(__name__)
 
@@ -198,7 +211,7 @@ class SAETraining(TrainedOnTokens):
         if self._step is not None:
             return self._train_fused(self._step, batch)
         x = self.sae.normalise(batch)
-        run = self.sae.run(x)
+        run = self.sae.training_forward(x)
         loss = self._loss(x, run)
         self._count(run.fired, len(x))
         self.sae.remember(run, average=lambda value: self._processes.total(value) / self._processes.n)
@@ -223,7 +236,7 @@ class SAETraining(TrainedOnTokens):
         assert self._step is not None and self._optimizer is not None
         held, self._dead = self._dead, torch.arange(0, self.sae.n_features, 16, device=self.device)  # as if they were
         x = self.sae.normalise(tokens)
-        loss = self._loss(x, self.sae.run(x))
+        loss = self._loss(x, self.sae.training_forward(x))
         if not bool(self._total(loss.detach()).isfinite()):
             self._dead = held
             return
@@ -248,7 +261,7 @@ class SAETraining(TrainedOnTokens):
         if self._step is None:
             super().backward(loss, *arguments, **named)
 
-    def _loss(self, x: Tensor, run: Pass) -> Tensor:
+    def _loss(self, x: Tensor, run: TrainOutput) -> Tensor:
         """(‖x - recon‖² + penalty + aux_coef · aux error) / D, a mean over tokens; errors with `token_weights`."""
         squared = squared_errors(x, run)
         weights = token_weights(squared, self.clip_tokens, self._total)
@@ -420,7 +433,7 @@ class SAETraining(TrainedOnTokens):
             return
         self.settle()
         x = self.sae.normalise(batch)
-        x, error = (self._processes.gather(rows) for rows in (x, x - self.sae.run(x).recon))
+        x, error = (self._processes.gather(rows) for rows in (x, x - self.sae.training_forward(x).recon))
         # A generator of the step's own: a resumed run, and every process, restarts features at the same tokens.
         generator = torch.Generator(self.device).manual_seed(self.global_step)
         assert self._optimizer is not None

@@ -19,7 +19,7 @@ from fluxsae.runtime.distributed import OneAllReduce, Processes
 from fluxsae.runtime.interrupts import LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.fused import Settings
-from fluxsae.sae.jumprelu import JumpReLU
+from fluxsae.sae.kinds.jumprelu import JumpReLU
 from fluxsae.training import SAETraining
 from tests.synthetic import dictionary, draw
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxsae.records.spec import CaptureSpec, GenerationSpec
-from fluxsae.sae.coder import SAE
+from fluxsae.sae.base import SAE
 from fluxsae.shards.format import Kind, SampleRecord, Storage
 from fluxsae.shards.read import ShardSet
 from fluxsae.shards.write import ShardWriter

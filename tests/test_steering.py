@@ -16,7 +16,7 @@ from fluxsae.models.load import weights_identity
 from fluxsae.records.spec import CaptureSpec, GenerationSpec, Grid
 from fluxsae.requests import GenerationRequest, RequestBatch
 from fluxsae.sae.checkpoint import save_sae
-from fluxsae.sae.coder import TopK
+from fluxsae.sae.kinds.topk import TopK
 from fluxsae.steering import FluxSteering, Variant, read_mask
 
 REQUESTS = [GenerationRequest(i, i, 0, 100 + i, f"a fox {i}") for i in range(2)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluxsae.files import whole_file
 from fluxsae.records import Feature
-from fluxsae.sae.pooling import Pooling
+from fluxsae.sae import Pooling
 
 MAPS, INDEX = "maps.npy", "maps-index.npy"
 

@@ -21,7 +21,7 @@ from fluxsae.models.compiled import Uncompiled
 from fluxsae.models.steps import StepCounter, count_steps
 from fluxsae.models.streams import find_module, read_stream, replace_stream
 from fluxsae.records import Site, check_step, parse_site
-from fluxsae.sae.coder import SAE
+from fluxsae.sae import SAE
 
 Schedule = Literal["constant", "linear", "cosine"]
 

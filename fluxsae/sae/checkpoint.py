@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from fluxsae.files import read_json, remove_parts, whole_file, write_json
 from fluxsae.records import CaptureSpec
-from fluxsae.sae.batch_topk import BatchTopK
-from fluxsae.sae.coder import L1, SAE, TopK
-from fluxsae.sae.jumprelu import JumpReLU
+from fluxsae.sae.base import SAE
+from fluxsae.sae.kinds.batch_topk import BatchTopK
+from fluxsae.sae.kinds.jumprelu import JumpReLU
+from fluxsae.sae.kinds.l1 import L1
+from fluxsae.sae.kinds.topk import TopK
 
 VERSION = 1
 WEIGHTS = "sae.safetensors"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.optim import Optimizer
 
-from fluxsae.sae.coder import SAE
+from fluxsae.sae.base import SAE
 from fluxsae.sae.feature_rows import set_rows, whole
 
 
@@ -28,7 +28,7 @@ def aux_error(
     The squared error, summed over channels and averaged over normalised tokens, each with its weight where there are
     weights. Gradients reach dead features only.
     """
-    squared = (error.detach() - sae.explain(x, dead, min(aux_k, len(dead)))).square().sum(dim=1)
+    squared = (error.detach() - sae.reconstruct_from(x, dead, min(aux_k, len(dead)))).square().sum(dim=1)
     return (squared if weights is None else weights * squared).mean()
 
 

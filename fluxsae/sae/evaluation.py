@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from fluxsae.sae.coder import SAE, Pass
+from fluxsae.sae.base import SAE, TrainOutput
 
 
 class Metrics(NamedTuple):
@@ -77,6 +77,6 @@ def variance_explained(channels: Float64[Tensor, "3 D"], n_tokens: int | Tensor)
     return 1 - error.sum() / (square - total.square() / n_tokens).sum()
 
 
-def batch_variance_explained(x: Float[Tensor, "N D"], run: Pass) -> Tensor:
+def batch_variance_explained(x: Float[Tensor, "N D"], run: TrainOutput) -> Tensor:
     """The FVE of one training batch, by the same formula, against the batch's own channel means."""
     return variance_explained(channel_sums(x, run.recon.detach()), len(x))

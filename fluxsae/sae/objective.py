@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxsae.sae.coder import Pass
+from fluxsae.sae.base import TrainOutput
 
 
-def squared_errors(x: Float[Tensor, "N D"], run: Pass) -> Float[Tensor, "N"]:
+def squared_errors(x: Float[Tensor, "N D"], run: TrainOutput) -> Float[Tensor, "N"]:
     """‖e_n‖² of normalised tokens, summed over channels; of a Matryoshka SAE, the mean over its reconstructions."""
     errors = [(x - recon).square().sum(dim=1) for recon in (*run.partial, run.recon)]
     return errors[0] if len(errors) == 1 else torch.stack(errors).mean(dim=0)

@@ -13,9 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fluxsae.sae.batch_topk import BatchTopK
-from fluxsae.sae.coder import L1, SAE, TopK
-from fluxsae.sae.jumprelu import JumpReLU
+from fluxsae.sae.base import SAE
+from fluxsae.sae.kinds.batch_topk import BatchTopK
+from fluxsae.sae.kinds.jumprelu import JumpReLU
+from fluxsae.sae.kinds.l1 import L1
+from fluxsae.sae.kinds.topk import TopK
 
 if find_spec("triton") is not None:
     from fluxsae.kernels import columns, pooling, selection

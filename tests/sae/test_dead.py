@@ -14,7 +14,7 @@ def trained() -> tuple[TopK, torch.optim.Optimizer]:
     optimizer = torch.optim.Adam(sae.parameters())
     for _ in range(3):
         optimizer.zero_grad()
-        (sae.run(torch.randn(40, 6)).recon - 1).square().sum().backward()
+        (sae.training_forward(torch.randn(40, 6)).recon - 1).square().sum().backward()
         optimizer.step()
     return sae, optimizer
 
@@ -23,7 +23,7 @@ def test_aux_gradients_reach_dead_features_only() -> None:
     sae, _ = trained()
     sae.zero_grad()
     x, dead = torch.randn(40, 6), torch.tensor([2, 5, 11])
-    aux_error(sae, x, x - sae.run(x).recon, dead, aux_k=2).backward()
+    aux_error(sae, x, x - sae.training_forward(x).recon, dead, aux_k=2).backward()
     assert sae.W_dec.grad is not None and sae.W_enc.grad is not None
     touched = sae.W_dec.grad.abs().sum(dim=1).nonzero().flatten().tolist()
     assert touched and set(touched) <= {2, 5, 11}

@@ -248,7 +248,7 @@ class Autograd(NamedTuple):
     def step(self, tokens: Tensor, dead: Tensor, penalty: float, lr: float) -> Tensor:
         sae, settings = self.sae, self.settings
         x = sae.normalise(tokens)
-        run = sae.run(x)
+        run = sae.training_forward(x)
         squared = squared_errors(x, run)
         weights = token_weights(squared, settings.clip_tokens)
         loss = (weights * squared).mean()

@@ -73,7 +73,7 @@ def by_autograd(sae: SAE, n_steps: int = 12) -> tuple[SAE, list[float]]:
         if step % 3 == 2:
             dead = torch.arange((0, 100, 1500, 101)[step // 3 % 4], device="cuda")
         x = sae.normalise(skewed_tokens(700 if step % 5 == 4 else N_TOKENS, generator))
-        run = sae.run(x)
+        run = sae.training_forward(x)
         squared = squared_errors(x, run)
         weights = token_weights(squared, 10.0)
         loss = (weights * squared).mean() + (0.01 * run.penalty / sae.l1 if isinstance(sae, L1) else 0.0)

@@ -26,7 +26,7 @@ def test_no_weighted_error_is_longer_than_allowed(lengths: list[float], clip: fl
 def gradient(x: Tensor, clip: float) -> Tensor:
     """Of the decoder, by the weighted errors of fixed weights."""
     sae = TopK(8, 40, 4, seed=0)
-    squared = squared_errors(x, sae.run(x))
+    squared = squared_errors(x, sae.training_forward(x))
     (token_weights(squared, clip) * squared).mean().backward()
     assert sae.W_dec.grad is not None
     return sae.W_dec.grad
@@ -45,7 +45,7 @@ def test_an_outlier_pulls_no_harder_than_clip_mean_errors() -> None:
     ordinary = gradient(x, clip=10.0)
     code = float(TopK(8, 40, 4, seed=0).encode(x[:1]).detach().norm())
     x[0] *= 1000
-    lengths = squared_errors(x, TopK(8, 40, 4, seed=0).run(x)).detach().sqrt()
+    lengths = squared_errors(x, TopK(8, 40, 4, seed=0).training_forward(x)).detach().sqrt()
     mean = float(lengths.mean())
     assert float(lengths[0]) > 100 * mean
     pull = float((gradient(x, clip=10.0) - ordinary).norm())

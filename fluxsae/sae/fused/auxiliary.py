@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fluxsae.kernels import columns, selection
-from fluxsae.sae.coder import SAE
+from fluxsae.sae.base import SAE
 from fluxsae.sae.fused.kernels.row_updates import Auxiliary
 from fluxsae.sae.fused.kernels.scalars import Weighed
 

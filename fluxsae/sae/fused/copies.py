@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxsae.kernels import columns
 from fluxsae.kernels.fp8 import Scaled, product, why_no_fp8
-from fluxsae.sae.coder import SAE
+from fluxsae.sae.base import SAE
 from fluxsae.sae.fused.settings import Settings
 
 

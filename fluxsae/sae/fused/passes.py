@@ -17,12 +17,14 @@ from torch import Tensor
 from fluxsae.kernels import columns, selection
 from fluxsae.kernels.fp8 import Scaled
 from fluxsae.runtime import Processes
-from fluxsae.sae.coder import L1, SAE, TopK
+from fluxsae.sae.base import SAE
 from fluxsae.sae.fused.auxiliary import AuxiliaryLoss, AuxiliaryPass
 from fluxsae.sae.fused.copies import Copies
 from fluxsae.sae.fused.kernels import decoding, feature_lists, row_updates, scalars
 from fluxsae.sae.fused.kernels.feature_lists import FeatureLists
 from fluxsae.sae.fused.settings import Settings
+from fluxsae.sae.kinds.l1 import L1
+from fluxsae.sae.kinds.topk import TopK
 
 
 class Outcome(NamedTuple):

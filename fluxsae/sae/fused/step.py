@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.optim import Adam
 
 from fluxsae.runtime import Graphs, OneAllReduce, Processes
-from fluxsae.sae.coder import L1, SAE, TopK
+from fluxsae.sae.base import SAE
 from fluxsae.sae.fused.settings import Settings
+from fluxsae.sae.kinds.l1 import L1
+from fluxsae.sae.kinds.topk import TopK
 
 if find_spec("triton") is not None:
     from fluxsae.sae.fused.copies import Copies

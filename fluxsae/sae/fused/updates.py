@@ -17,7 +17,7 @@ from torch.optim import Adam
 
 from fluxsae.kernels import columns
 from fluxsae.runtime import Processes
-from fluxsae.sae.coder import SAE
+from fluxsae.sae.base import SAE
 from fluxsae.sae.fused.copies import Copies
 from fluxsae.sae.fused.kernels import row_updates, scalars
 from fluxsae.sae.fused.kernels.feature_lists import FeatureLists

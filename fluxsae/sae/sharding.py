@@ -20,9 +20,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.functional import pad
 
-from fluxsae.sae.coder import L1, SAE, Pass, TopK
+from fluxsae.sae.base import SAE, TrainOutput
 from fluxsae.sae.feature_rows import rows_here, whole
-from fluxsae.sae.jumprelu import JumpReLU
+from fluxsae.sae.kinds.jumprelu import JumpReLU
+from fluxsae.sae.kinds.l1 import L1
+from fluxsae.sae.kinds.topk import TopK
 
 
 class Sharded(SAE):
@@ -43,12 +45,12 @@ class Sharded(SAE):
         with self._rows_here():
             return super().activate(pre_acts)  # type: ignore[safe-super]  # a kind's own comes next
 
-    def run(self, x: Float[Tensor, "N D"]) -> Pass:
+    def training_forward(self, x: Float[Tensor, "N D"]) -> TrainOutput:
         with self._rows_here():
-            return super().run(x)
+            return super().training_forward(x)
 
-    def complete(self, pre_acts: Float[Tensor, "N H"], codes: Float[Tensor, "N H"]) -> Pass:
-        run = super().complete(pre_acts, codes)
+    def train_output(self, pre_acts: Float[Tensor, "N H"], codes: Float[Tensor, "N H"]) -> TrainOutput:
+        run = super().train_output(pre_acts, codes)
         penalty, l0 = self._total(torch.stack([run.penalty, run.l0.to(run.penalty)]))
         return run._replace(penalty=penalty, l0=l0.detach(), fired=self.of_all(run.fired))
 
@@ -56,7 +58,7 @@ class Sharded(SAE):
         with self._rows_here():
             return [self._total(codes @ self.W_dec) + self.b_dec]
 
-    def explain(self, x: Float[Tensor, "N D"], features: Int[Tensor, "M"], k: int) -> Float[Tensor, "N D"]:
+    def reconstruct_from(self, x: Float[Tensor, "N D"], features: Int[Tensor, "M"], k: int) -> Float[Tensor, "N D"]:
         rows = self._held(features)
         with self._rows_here():
             pre = (x - self.b_dec.detach()) @ self.W_enc[rows].T + self.b_enc[rows]
@@ -115,9 +117,9 @@ class ShardedTopK(Sharded, TopK):
     def activate(self, pre_acts: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
         return self._largest(pre_acts.flatten(0, -2), self.k).view_as(pre_acts)
 
-    def run(self, x: Float[Tensor, "N D"]) -> Pass:
+    def training_forward(self, x: Float[Tensor, "N D"]) -> TrainOutput:
         pre = self.project(x)
-        return self.complete(pre, self.activate(pre))
+        return self.train_output(pre, self.activate(pre))
 
 
 _KINDS: dict[type[SAE], type[Sharded]] = {L1: ShardedL1, JumpReLU: ShardedJumpReLU, TopK: ShardedTopK}

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fluxsae.sae import L1, SAE, TopK
-from fluxsae.sae.batch_topk import BatchTopK
 from fluxsae.sae.feature_rows import set_rows, whole
-from fluxsae.sae.jumprelu import JumpReLU
-from fluxsae.sae.parallel import Sharded, gather, refuse_unshardable, shard
+from fluxsae.sae.kinds.batch_topk import BatchTopK
+from fluxsae.sae.kinds.jumprelu import JumpReLU
+from fluxsae.sae.sharding import Sharded, gather, refuse_unshardable, shard
 from tests.synthetic import randomised
 
 
@@ -27,9 +27,9 @@ def mesh() -> Iterator[DeviceMesh]:
 @pytest.mark.parametrize("sae", [L1(6, 20), TopK(6, 20, 3), JumpReLU(6, 20)], ids=lambda sae: type(sae).__name__)
 def test_an_sae_is_gathered_as_it_was_sharded(mesh: DeviceMesh, sae: SAE) -> None:
     before, x = {name: value.clone() for name, value in randomised(sae).state_dict().items()}, torch.randn(7, 6)
-    recon = sae.run(x).recon.detach()
+    recon = sae.training_forward(x).recon.detach()
     shard(sae, mesh)
-    assert isinstance(sae, Sharded) and torch.allclose(sae.run(x).recon, recon, atol=1e-6)
+    assert isinstance(sae, Sharded) and torch.allclose(sae.training_forward(x).recon, recon, atol=1e-6)
     one = gather(sae)
     assert type(one) is not type(sae) and isinstance(sae, type(one))
     for name, value in one.state_dict().items():

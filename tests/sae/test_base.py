@@ -43,7 +43,7 @@ def test_any_leading_shape_and_dtype(sae: SAE) -> None:
 def test_a_training_pass_reconstructs_as_forward_does(sae: SAE) -> None:
     x = torch.randn(50, 8)
     randomised(sae)
-    run = sae.run(sae.normalise(x))
+    run = sae.training_forward(sae.normalise(x))
     codes = sae.encode(x)
     assert torch.allclose(run.recon / sae.scale + sae.mean, sae(x), atol=1e-5)
     assert torch.equal(run.fired, (codes > 0).any(dim=0))
@@ -60,8 +60,8 @@ def test_the_sparse_pass_has_the_gradients_of_the_dense_one() -> None:
     def gradients(recon: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad((recon - x).square().sum(), list(sae.parameters())))
 
-    sparse = gradients(sae.run(x).recon)
-    dense = gradients(SAE.run(sae, x).recon)
+    sparse = gradients(sae.training_forward(x).recon)
+    dense = gradients(SAE.training_forward(sae, x).recon)
     assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-4) for a, b in zip(sparse, dense, strict=True))
 
 
@@ -78,7 +78,7 @@ def test_folding_changes_nothing_but_where_the_numbers_are(sae: SAE) -> None:
 
 def test_the_gradient_loses_what_is_parallel_to_the_rows() -> None:
     sae = randomised(TopK(8, 20, 3))
-    sae.run(torch.randn(30, 8)).recon.square().sum().backward()
+    sae.training_forward(torch.randn(30, 8)).recon.square().sum().backward()
     gradient = sae.W_dec.grad
     assert gradient is not None and float((gradient * sae.W_dec.detach()).sum(dim=1).abs().max()) > 1e-3
     sae.remove_parallel_gradient()
@@ -118,7 +118,7 @@ def test_impossible_groups_are_refused(groups: list[int]) -> None:
 def test_a_prefix_rebuilds_what_its_features_decode_to(kind: Callable[..., SAE]) -> None:
     sae = randomised(kind(8, 20, groups=[3, 11, 20]))
     x = sae.normalise(torch.randn(30, 8))
-    run, codes = sae.run(x), sae.activate(sae.project(x))
+    run, codes = sae.training_forward(x), sae.activate(sae.project(x))
     assert len(run.partial) == 2
     for size, recon in zip((3, 11, 20), (*run.partial, run.recon), strict=True):
         assert torch.allclose(recon, codes[:, :size] @ sae.W_dec[:size] + sae.b_dec, atol=1e-5)

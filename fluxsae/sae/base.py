@@ -1,4 +1,4 @@
-"""What all autoencoders share, L1 (Bricken et al. 2023) and TopK (Gao et al. 2024); other kinds have their own files.
+"""What all kinds of autoencoders share; each kind has a file of its own in `kinds/`.
 
 A raw token x is normalised to (x - mean) · scale; codes and weights live in that space, and decoding leads back out.
 Legend: N tokens, D width, F features, K kept, M restarted features.
@@ -22,7 +22,7 @@ from fluxsae.records import CaptureSpec, Statistics
 from fluxsae.sae.feature_rows import set_rows
 
 
-class Pass(NamedTuple):
+class TrainOutput(NamedTuple):
     """One pass over normalised tokens, with all that training needs of it.
 
     `partial` holds what each group of features but the last rebuilds together with those before it (see `SAE`), and
@@ -137,16 +137,16 @@ class SAE(nn.Module, ABC):
         """The reconstruction of raw tokens."""
         return self.decode(self.encode(x))
 
-    def run(self, x: Float[Tensor, "N D"]) -> Pass:
+    def training_forward(self, x: Float[Tensor, "N D"]) -> TrainOutput:
         """One training pass over normalised tokens."""
         pre = self.project(x)
-        return self.complete(pre, self.activate(pre))
+        return self.train_output(pre, self.activate(pre))
 
-    def complete(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Pass:
+    def train_output(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> TrainOutput:
         """The rest of a training pass whose codes have been chosen."""
         *partial, recon = self.reconstructions(codes)
         active = codes.detach() > 0
-        return Pass(
+        return TrainOutput(
             recon=recon,
             penalty=self.penalty(pre_acts, codes),
             l0=active.sum(dim=1, dtype=torch.float32).mean(),
@@ -166,7 +166,7 @@ class SAE(nn.Module, ABC):
         """What the objective adds to the reconstruction error; nothing where the choice of codes makes them sparse."""
         return codes.new_zeros(())
 
-    def explain(self, x: Float[Tensor, "N D"], features: Int[Tensor, "M"], k: int) -> Float[Tensor, "N D"]:
+    def reconstruct_from(self, x: Float[Tensor, "N D"], features: Int[Tensor, "M"], k: int) -> Float[Tensor, "N D"]:
         """What the `k` strongest of some features add to a reconstruction. Gradients reach these features only."""
         pre = (x - self.b_dec.detach()) @ self.W_enc[features].T + self.b_enc[features]
         indices = largest(pre.detach(), k)
@@ -176,7 +176,7 @@ class SAE(nn.Module, ABC):
         """Numbers of all features from those of the features that codes are of: the same, unless they are spread."""
         return numbers
 
-    def remember(self, run: Pass, average: Callable[[Tensor], Tensor]) -> None:
+    def remember(self, run: TrainOutput, average: Callable[[Tensor], Tensor]) -> None:
         """Take from a training pass what inference will need; `average` is the mean over processes."""
 
     @torch.no_grad()
@@ -224,86 +224,6 @@ class SAE(nn.Module, ABC):
         folded.mean.zero_()
         folded.scale.fill_(1.0)
         return folded
-
-
-class L1(SAE):
-    """ReLU codes; training adds `l1` times the mean over tokens of the codes' sum.
-
-    Args:
-        d_in: width of a token.
-        n_features: number of features.
-        l1: weight of the penalty, beside a squared error summed over channels of normalised tokens.
-        groups: prefixes of a Matryoshka SAE, see `SAE`.
-        seed: decides the initial weights, see `SAE`.
-    """
-
-    def __init__(
-        self, d_in: int, n_features: int, l1: float = 1.0, groups: list[int] | None = None, seed: int | None = None
-    ) -> None:
-        super().__init__(d_in, n_features, groups, seed)
-        self.l1 = l1
-
-    def options(self) -> dict[str, Any]:
-        return {"l1": self.l1, **super().options()}
-
-    def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
-        return pre_acts.relu()
-
-    def penalty(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
-        # Decoder rows have unit length, so the sum of codes cannot be made small by making the rows long.
-        return self.l1 * codes.sum(dim=1).mean()
-
-
-class TopK(SAE):
-    """The k largest pre-activations of a token, where positive.
-
-    Args:
-        d_in: width of a token.
-        n_features: number of features.
-        k: features kept a token.
-        groups: prefixes of a Matryoshka SAE, see `SAE`.
-        seed: decides the initial weights, see `SAE`.
-        encoder_gain: see `SAE`. Codes that start small end better (docs/log.md), and which are chosen is the same.
-    """
-
-    restart_gain: ClassVar[float] = 1.0  # a shorter row would never be among the k largest
-
-    def __init__(
-        self,
-        d_in: int,
-        n_features: int,
-        k: int,
-        groups: list[int] | None = None,
-        seed: int | None = None,
-        encoder_gain: float = 0.1,
-    ) -> None:
-        super().__init__(d_in, n_features, groups, seed, encoder_gain)
-        self.k = checked_k(k, n_features)
-
-    def options(self) -> dict[str, Any]:
-        return {"k": self.k, **super().options()}
-
-    def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
-        flat = pre_acts.reshape(-1, self.n_features)
-        indices = largest(flat.detach(), self.k)
-        codes = torch.zeros_like(flat).scatter(1, indices, flat.gather(1, indices).relu())
-        return codes.view_as(pre_acts)
-
-    def run(self, x: Float[Tensor, "N D"]) -> Pass:
-        if len(self.groups) > 1:
-            return super().run(x)  # a product a group: dense codes split by columns, sparse ones do not
-        pre = self.project(x)
-        indices = largest(pre.detach(), self.k)
-        values = pre.gather(1, indices).relu()
-        active = values.detach() > 0
-        fired = torch.zeros(self.n_features, device=x.device, dtype=torch.int32)
-        fired.index_add_(0, indices.flatten(), active.flatten().int())
-        return Pass(
-            recon=decode(values, indices, self.W_dec) + self.b_dec,
-            penalty=values.new_zeros(()),
-            l0=active.sum(dim=1, dtype=torch.float32).mean(),
-            fired=fired > 0,
-        )
 
 
 def checked_k(k: int, n_features: int) -> int:

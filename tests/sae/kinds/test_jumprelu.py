@@ -7,7 +7,7 @@ import torch
 
 from fluxsae.sae import JumpReLU
 from fluxsae.sae.dead import resample
-from fluxsae.sae.jumprelu import jump, step
+from fluxsae.sae.kinds.jumprelu import jump, step
 from tests.synthetic import randomised
 
 PRE = torch.tensor([[0.95, 3.0], [1.05, 1.9], [0.2, 2.2]])
@@ -51,10 +51,10 @@ def test_the_gradient_is_that_of_the_expected_loss() -> None:
 def test_the_penalty_counts_codes() -> None:
     x = torch.randn(40, 8)
     sae = randomised(JumpReLU(8, 20, l0=0.25, threshold=0.5))
-    run = sae.run(x)
+    run = sae.training_forward(x)
     assert float(run.penalty.detach()) == pytest.approx(0.25 * float(run.l0), rel=1e-5)
     sae.target_l0 = 2.0
-    run = sae.run(x)
+    run = sae.training_forward(x)
     assert float(run.penalty.detach()) == pytest.approx(0.25 * (float(run.l0) / 2 - 1) ** 2, rel=1e-5)
 
 
@@ -71,7 +71,7 @@ def test_codes_are_above_their_own_thresholds() -> None:
 def test_a_restarted_feature_has_a_fresh_threshold() -> None:
     sae = randomised(JumpReLU(8, 20, threshold=0.3, bandwidth=2.0))
     optimizer = torch.optim.Adam(sae.parameters(), lr=0.1)
-    run = sae.run(torch.randn(50, 8))
+    run = sae.training_forward(torch.randn(50, 8))
     (run.recon.square().sum() + run.penalty).backward()
     optimizer.step()
     moved = sae.threshold.detach().clone()

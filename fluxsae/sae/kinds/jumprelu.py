@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fluxsae.sae.coder import SAE, Pass
+from fluxsae.sae.base import SAE, TrainOutput
 from fluxsae.sae.feature_rows import set_rows
 
 
@@ -72,9 +72,9 @@ class JumpReLU(SAE):
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         return torch.where(pre_acts <= self.threshold, 0.0, pre_acts)  # NaN stays NaN
 
-    def run(self, x: Float[Tensor, "N D"]) -> Pass:
+    def training_forward(self, x: Float[Tensor, "N D"]) -> TrainOutput:
         pre = self.project(x)
-        return self.complete(pre, jump(pre, self.threshold, self.bandwidth))
+        return self.train_output(pre, jump(pre, self.threshold, self.bandwidth))
 
     def penalty(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
         l0 = step(pre_acts, self.threshold, self.bandwidth).sum(dim=1).mean()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxsae.sae import BatchTopK
-from fluxsae.sae.batch_topk import MEMORY
+from fluxsae.sae.kinds.batch_topk import MEMORY
 from tests.synthetic import randomised
 
 
@@ -18,7 +18,7 @@ def test_a_batch_keeps_its_largest_and_no_more_than_k_a_token(n_features: int, k
     k = min(k, n_features)
     sae = randomised(BatchTopK(6, n_features, k), seed)
     x = torch.randn(n, 6, generator=torch.Generator().manual_seed(seed))
-    run, pre = sae.run(x), sae.project(x).detach()
+    run, pre = sae.training_forward(x), sae.project(x).detach()
     kept = pre.flatten().sort(descending=True).values[: n * k].relu()
     assert float(run.l0) * n <= n * k + 1e-3
     assert float(run.l0) == pytest.approx(int((kept > 0).sum()) / n)
@@ -31,14 +31,14 @@ def test_ties_do_not_keep_more() -> None:
     with torch.no_grad():
         sae.W_enc.zero_()
         sae.b_enc.fill_(1.0)
-    assert float(sae.run(torch.randn(7, 6)).l0) == 3.0
+    assert float(sae.training_forward(torch.randn(7, 6)).l0) == 3.0
 
 
 def test_difficult_tokens_get_more() -> None:
     sae = BatchTopK(6, 20, 3)
     x = torch.cat([torch.randn(10, 6), 10 * torch.randn(10, 6)])
     with torch.no_grad():
-        sae.threshold.copy_(sae.run(x).cutoff)
+        sae.threshold.copy_(sae.training_forward(x).cutoff)
     n_codes = (sae.encode(x) > 0).sum(dim=1)
     assert int(n_codes[10:].sum()) > 3 * int(n_codes[:10].sum())
 
@@ -55,7 +55,7 @@ def test_inference_regards_each_token_alone() -> None:
 
 def test_the_threshold_is_a_running_mean_of_the_cutoffs_over_processes() -> None:
     sae = BatchTopK(6, 20, 3)
-    runs = [sae.run(torch.randn(12, 6)) for _ in range(3)]
+    runs = [sae.training_forward(torch.randn(12, 6)) for _ in range(3)]
     expected = 0.0
     for run in runs:
         assert run.cutoff is not None
@@ -69,7 +69,7 @@ def test_the_threshold_is_a_running_mean_of_the_cutoffs_over_processes() -> None
 def test_a_pass_that_kept_nothing_or_no_number_moves_no_threshold(cutoff: float) -> None:
     sae = BatchTopK(6, 20, 3)
     sae.threshold.fill_(0.7)
-    run = sae.run(torch.randn(12, 6))._replace(cutoff=torch.tensor(cutoff))
+    run = sae.training_forward(torch.randn(12, 6))._replace(cutoff=torch.tensor(cutoff))
     sae.remember(run, average=lambda value: value)
     assert float(sae.threshold) == pytest.approx(0.7)
 
@@ -77,7 +77,7 @@ def test_a_pass_that_kept_nothing_or_no_number_moves_no_threshold(cutoff: float)
 def test_gradients_reach_what_was_kept_only() -> None:
     sae = BatchTopK(6, 20, 1)
     x = torch.randn(3, 6)
-    run = sae.run(x)
+    run = sae.training_forward(x)
     run.recon.square().sum().backward()
     assert sae.b_enc.grad is not None
     assert torch.equal(sae.b_enc.grad != 0, run.fired)

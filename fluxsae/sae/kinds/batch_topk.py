@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxsae.sae.coder import SAE, Pass, checked_k
+from fluxsae.sae.base import SAE, TrainOutput, checked_k
 
 MEMORY = 0.99
 """Share of the threshold that a training step leaves as it is: it averages over about the last hundred steps."""
@@ -48,17 +48,17 @@ class BatchTopK(SAE):
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         return torch.where(pre_acts <= self.threshold, 0.0, pre_acts)  # NaN stays NaN
 
-    def run(self, x: Float[Tensor, "N D"]) -> Pass:
+    def training_forward(self, x: Float[Tensor, "N D"]) -> TrainOutput:
         pre = self.project(x)
         flat = pre.flatten()
         indices = flat.detach().topk(self.k * len(pre), sorted=False).indices
         values = flat[indices].relu()
         codes = torch.zeros_like(flat).scatter(0, indices, values).view_as(pre)
         smallest = values.detach().float().masked_fill(values.detach() <= 0, torch.inf).amin()
-        return self.complete(pre, codes)._replace(cutoff=smallest)
+        return self.train_output(pre, codes)._replace(cutoff=smallest)
 
     @torch.no_grad()
-    def remember(self, run: Pass, average: Callable[[Tensor], Tensor]) -> None:
+    def remember(self, run: TrainOutput, average: Callable[[Tensor], Tensor]) -> None:
         """Move the threshold towards this pass's cutoff; a pass that kept nothing, or no number, moves nothing."""
         assert run.cutoff is not None
         cutoff = average(run.cutoff).to(self.threshold.dtype)

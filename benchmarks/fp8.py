@@ -23,7 +23,7 @@ from jaxtyping import Float
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
 from fluxsae.files.whole import whole_file
 from fluxsae.kernels.fp8 import Scaled, straight_through
 from fluxsae.sae import L1, SAE, TopK, load_sae

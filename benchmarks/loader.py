@@ -28,10 +28,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
+from fluxsae.data.mixing.tokens import Feed, MixedTokens
 from fluxsae.files.whole import whole_file
-from fluxsae.mixing import MixedTokens
-from fluxsae.mixing.tokens import Feed
 from fluxsae.records.spec import CaptureSpec, GenerationSpec
 from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet, ShardWriter

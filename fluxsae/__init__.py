@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fluxsae.activations import ActivationData, TokenBatch
     from fluxsae.analysis.alive import AliveStatistics
     from fluxsae.analysis.attributes import Attributes
     from fluxsae.analysis.coherence import Coherence
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from fluxsae.analysis.steering_grids import SteeringGrids
     from fluxsae.analysis.top_images import TopImages
     from fluxsae.capture import FluxCapture, PromptData
+    from fluxsae.data import ActivationData, TokenBatch
     from fluxsae.models import Tape, generate, intervene, load_pipeline, record
     from fluxsae.records import (
         CaptureSpec,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "fluxsae.activations": ("ActivationData", "TokenBatch"),
+    "fluxsae.data.activations": ("ActivationData", "TokenBatch"),
     "fluxsae.analysis.alive": ("AliveStatistics",),
     "fluxsae.analysis.attributes": ("Attributes",),
     "fluxsae.analysis.coherence": ("Coherence",),

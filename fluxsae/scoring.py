@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from fluxsae.activations import ActivationData, TokenBatch
+from fluxsae.data import ActivationData, TokenBatch
 from fluxsae.files import read_csv, read_json, unknown_key
 from fluxsae.records import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
 from fluxsae.sae import PlainPooling, Pooled, Pooling, load_sae, pooling_of

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
-from fluxsae.activations import ActivationData
+from fluxsae.data import ActivationData
 from fluxsae.runtime import OneRunOnly
 from fluxsae.training import SAETraining, TrainedOnTokens, measure
 

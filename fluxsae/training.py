@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fluxsae.activations import ActivationData
+from fluxsae.data import ActivationData
 from fluxsae.records import CaptureSpec, differences
 from fluxsae.runtime import OneRunOnly, Processes
 from fluxsae.sae import (

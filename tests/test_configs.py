@@ -16,8 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 
-from fluxsae.activations import ActivationData
 from fluxsae.cli import main
+from fluxsae.data.activations import ActivationData
 from fluxsae.files.json_files import read_json
 from fluxsae.files.tables import read_csv
 from fluxsae.models.load import load_pipeline

@@ -15,7 +15,7 @@ import torch
 import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
 from fluxsae.runtime.distributed import OneAllReduce
 from fluxsae.sae.checkpoint import load_sae, read_config
 from fluxsae.trainer_cli import TrainerCLI
@@ -30,7 +30,7 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 if __name__ == "__main__":
     with install_import_hook("fluxsae", "beartype.beartype"):
-        from fluxsae.activations import ActivationData
+        from fluxsae.data.activations import ActivationData
         from tests.several import BATCH, Collectives, SlicedData, Stop, fit, sharing_features, sharing_tokens
     folder = Path(sys.argv[1])
     shards = folder / "tokens"

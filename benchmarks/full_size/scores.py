@@ -26,12 +26,12 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.activations import ActivationData
 from fluxsae.analysis.alive import Activity, AliveStatistics
 from fluxsae.analysis.maps import MapFile
 from fluxsae.analysis.overlays import Overlays
 from fluxsae.analysis.scores_writer import ScoresWriter
 from fluxsae.analysis.top_images import TopImages, TopList
+from fluxsae.data.activations import ActivationData
 from fluxsae.files.whole import whole_file
 from fluxsae.records.features import Selection
 from fluxsae.records.spec import CaptureSpec, GenerationSpec

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxsae.activations import split_by_prompt
+from fluxsae.data.activations import split_by_prompt
 from fluxsae.shards.read import ShardSet
 
 

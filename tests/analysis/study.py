@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
 from fluxsae.records.features import Selection
 from fluxsae.sae import SAE, TopK, save_sae
 from fluxsae.scoring import SAEScoring

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
 from fluxsae.records.features import Selection
 from fluxsae.sae.checkpoint import read_config
 from tests.analysis.study import Study, make_study, run

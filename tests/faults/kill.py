@@ -239,7 +239,7 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
             "seed_everything": 0,
             "model": {"class_path": "fluxsae.training.SAETraining", "init_args": model},
             "data": {
-                "class_path": "fluxsae.activations.ActivationData",
+                "class_path": "fluxsae.data.activations.ActivationData",
                 "init_args": {"shards": str(inputs / "tokens"), "batch_size": 48},
             },
             "trainer": {
@@ -263,7 +263,7 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
         return {
             "model": {"class_path": "fluxsae.scoring.SAEScoring", "init_args": {"sae": str(inputs / "sae")}},
             "data": {
-                "class_path": "fluxsae.activations.ActivationData",
+                "class_path": "fluxsae.data.activations.ActivationData",
                 "init_args": {"shards": str(inputs / "tokens"), "images_per_batch": 1},
             },
             "trainer": {

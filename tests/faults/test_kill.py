@@ -11,7 +11,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
 from fluxsae.sae import TopK
 from fluxsae.training import SAETraining
 from tests.faults.kill import STEPS_A_CHECKPOINT, Host, Stage, host, make_stages, read_diary, result, rounds, unbroken

@@ -19,7 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
 from fluxsae.runtime import interrupts
 from fluxsae.runtime.interrupts import Interrupted, LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import TopK

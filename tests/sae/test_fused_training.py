@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 pytest.importorskip("triton")
 
 import fluxsae.training
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
 from fluxsae.kernels import columns
 from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, TopK

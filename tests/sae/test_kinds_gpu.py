@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from fluxsae.activations import ActivationData
+from fluxsae.data.activations import ActivationData
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK
 from fluxsae.sweep import SweepTraining
 from fluxsae.training import SAETraining

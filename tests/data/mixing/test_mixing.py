@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fluxsae.activations import ActivationData
-from fluxsae.mixing import WHOLE, MixedTokens, Part
-from fluxsae.mixing.copier import Copier
-from fluxsae.mixing.device import _AHEAD, Lead
-from fluxsae.mixing.memory import Recycled
-from fluxsae.mixing.order import draw_chunks, largest_chunk
+from fluxsae.data.activations import ActivationData
+from fluxsae.data.image_loader import ImagesAhead
+from fluxsae.data.mixing.copier import Copier
+from fluxsae.data.mixing.device import _AHEAD, InFlightLimiter
+from fluxsae.data.mixing.memory import Recycled
+from fluxsae.data.mixing.order import WHOLE, Part, draw_chunks, largest_chunk
+from fluxsae.data.mixing.tokens import MixedTokens
 from fluxsae.shards import ShardSet
 from fluxsae.shards import token_blocks as rows
 from fluxsae.shards.format import Storage
 from fluxsae.shards.read import Stored
 from fluxsae.shards.token_blocks import RowReader, TokenBlock
-from fluxsae.whole_images import ImagesAhead
 from tests.synthetic import token_shards
 
 CPU = torch.device("cpu")
@@ -162,7 +162,7 @@ def test_a_batch_stays_while_the_next_is_asked_for(shards: ShardSet, device: tor
 @pytest.mark.parametrize("storage", ["bf16", "fp32", "fp8"])
 def test_a_gpu_mixes_as_the_host_does(tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """With slots that are used many times over, and a device that is busy with other things and far behind the host."""
-    monkeypatch.setattr("fluxsae.mixing.device._SLOT", 2**18)
+    monkeypatch.setattr("fluxsae.data.mixing.device._SLOT", 2**18)
     shards = token_shards(tmp_path, 40, 2, size=256, d_in=256, storage=storage)
     host, gpu = (
         MixedTokens(shards, range(80), batch_size=300, buffer_images=23, readers=4, device=device)
@@ -197,7 +197,7 @@ def test_a_lead_waits_for_what_was_launched_some_calls_ago(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
-    lead = Lead(GPU)
+    lead = InFlightLimiter(GPU)
     for _ in range(_AHEAD + 4):
         lead.wait()
     assert waited == [None] * _AHEAD + [0, 1, 2, 3]

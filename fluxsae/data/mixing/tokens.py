@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fluxsae.mixing.device import DeviceMixing, Lead
-from fluxsae.mixing.host import HostMixing
-from fluxsae.mixing.order import WHOLE, Chunk, Part, draw_chunks, largest_chunk
+from fluxsae.data.mixing.device import DeviceMixing, InFlightLimiter
+from fluxsae.data.mixing.host import HostMixing
+from fluxsae.data.mixing.order import WHOLE, Chunk, Part, draw_chunks, largest_chunk
 from fluxsae.shards import RowReader, ShardSet, TokenBlock
 
 
@@ -150,7 +150,7 @@ class MixedTokens(IterableDataset[TokenBlock]):
 
     def _timed(self, batches: Generator[TokenBlock]) -> Iterator[TokenBlock]:
         row_bytes = self.mixing.reader.format.row_bytes
-        lead = Lead(self.device) if self.device is not None and self.device.type == "cuda" else None
+        lead = InFlightLimiter(self.device) if self.device is not None and self.device.type == "cuda" else None
         with closing(batches):
             while True:
                 if lead is not None:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from fluxsae.mixing.memory import Recycled, threads
+from fluxsae.data.mixing.memory import Recycled, threads
 from fluxsae.shards import RowReader, ShardSet, TokenBlock
 
 

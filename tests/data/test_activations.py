@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from fluxsae.activations import ActivationData, MixedTokens, Part, split_by_prompt
-from fluxsae.mixing.host import HostMixing
+from fluxsae.data.activations import ActivationData, MixedTokens, Part, split_by_prompt
+from fluxsae.data.mixing.host import HostMixing
 from fluxsae.records.features import Selection, update_features
 from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxsae.mixing import copier
-from fluxsae.mixing.copier import SPAN, Copier, Span, _Files, _read
+from fluxsae.data.mixing import copier
+from fluxsae.data.mixing.copier import SPAN, Copier, Span, _Files, _read
 
 N_BYTES = 1 << 16
 
@@ -109,7 +109,7 @@ def test_it_ends_with_who_started_it(paths: Sequence[Path]) -> None:
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "from fluxsae.mixing.copier import Copier\n"
+        "from fluxsae.data.mixing.copier import Copier\n"
         "reader = Copier([Path(sys.argv[1])], 4096, 2)\n"
         "print(reader._process.pid, flush=True)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fluxsae.mixing.memory import Recycled, threads
-from fluxsae.mixing.order import Chunk
+from fluxsae.data.mixing.memory import Recycled, threads
+from fluxsae.data.mixing.order import Chunk
 from fluxsae.shards import RowReader, TokenBlock
 
 _TASK = 2**24

@@ -8,9 +8,9 @@ import pytest
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
-from fluxsae.activations import ActivationData
-from fluxsae.analysis.throughput import Throughput
-from fluxsae.mixing import Feed
+from fluxsae.data.activations import ActivationData
+from fluxsae.data.mixing.tokens import Feed
+from fluxsae.data.throughput import Throughput
 from fluxsae.sae import TopK
 from fluxsae.training import SAETraining
 from tests.synthetic import token_shards

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxsae.mixing import MixedTokens
+from fluxsae.data.mixing.tokens import MixedTokens
 from fluxsae.shards.encoding import decode_fp8
 from tests.synthetic import token_shards
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fluxsae.data.image_loader import ImagesAhead
 from fluxsae.shards.format import Storage
 from fluxsae.shards.read import ShardSet
-from fluxsae.whole_images import ImagesAhead
 from tests.synthetic import token_shards
 
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from fluxsae.activations import ActivationData
-from fluxsae.mixing import Feed
+from fluxsae.data.activations import ActivationData
+from fluxsae.data.mixing.tokens import Feed
 
 
 class Rates(NamedTuple):

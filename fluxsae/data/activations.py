@@ -6,7 +6,6 @@ Legend: B batch (tokens in training and validation, images in prediction), T tok
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -19,11 +18,13 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
-from fluxsae.mixing import WHOLE, Feed, MixedTokens, Part
+from fluxsae.data.image_loader import ImagesAhead, StoredImages
+from fluxsae.data.mixing.order import WHOLE, Part
+from fluxsae.data.mixing.tokens import Feed, MixedTokens
+from fluxsae.data.split import Split, split_by_prompt
 from fluxsae.records import CaptureSpec, Selection, Statistics
 from fluxsae.runtime import Processes
-from fluxsae.shards import RowReader, SampleRecord, ShardSet, TokenBlock
-from fluxsae.whole_images import ImagesAhead, StoredImages
+from fluxsae.shards import RowReader, ShardSet, TokenBlock
 
 _ADVICE = (
     r"Your `IterableDataset` has `__len__` defined",  # ours counts what each worker yields
@@ -37,13 +38,6 @@ class TokenBatch(NamedTuple):
 
     tokens: Float[Tensor, "B T D"]
     images: Int[Tensor, "B"]
-
-
-class Split(NamedTuple):
-    """Image indices of the training and the held-out prompts, ascending."""
-
-    train: list[int]
-    held_out: list[int]
 
 
 class ActivationData(LightningDataModule):
@@ -237,29 +231,6 @@ class ActivationData(LightningDataModule):
     @property
     def _loading(self) -> dict[str, Any]:
         return {"batch_size": None, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
-
-
-def split_by_prompt(records: Sequence[SampleRecord], val_fraction: float) -> Split:
-    """Hold out the prompts whose hash falls below `val_fraction`, at least one and never all.
-
-    ValueError when there is only one prompt.
-    """
-    position = {record.prompt: _position(record.prompt) for record in records}
-    if len(position) < 2:
-        raise ValueError(f"the capture has {len(position)} prompt(s); capture at least 2, so that one can be held out.")
-    ordered = sorted(position, key=position.__getitem__)
-    n_held_out = sum(value < val_fraction for value in position.values())
-    held_out = set(ordered[: min(max(n_held_out, 1), len(ordered) - 1)])
-    return Split(
-        train=[i for i, record in enumerate(records) if record.prompt not in held_out],
-        held_out=[i for i, record in enumerate(records) if record.prompt in held_out],
-    )
-
-
-def _position(prompt: str) -> float:
-    # A hash of more than the text alone: prompts may themselves have been chosen by a hash of their text.
-    digest = hashlib.sha256(f"held-out prompts\n{prompt}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 class OrderedTokens(IterableDataset[Tensor]):

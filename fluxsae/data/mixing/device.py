@@ -21,9 +21,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from fluxsae.mixing.copier import SPAN, Copier
-from fluxsae.mixing.memory import threads
-from fluxsae.mixing.order import Chunk
+from fluxsae.data.mixing.copier import SPAN, Copier
+from fluxsae.data.mixing.memory import threads
+from fluxsae.data.mixing.order import Chunk
 from fluxsae.shards import RowReader, TokenBlock
 
 if _HAS_TRITON := find_spec("triton") is not None:
@@ -37,7 +37,7 @@ _SPANS = np.dtype([("file", "<u4"), ("offset", "<u8"), ("target", "<u8"), ("size
 assert _SPANS.itemsize == SPAN.size
 
 
-class Lead:
+class InFlightLimiter:
     """Keeps whoever asks for batches from running further ahead of a CUDA device than keeps that busy.
 
     Now and then a training waits for the device, to log or to count dead features. Nothing is read meanwhile, as that

@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor
 
+from fluxsae.capture import GenerationRequest, RequestBatch
 from fluxsae.models import (
     EmbeddingCache,
     FluxPipeline,
@@ -32,7 +33,6 @@ from fluxsae.models import (
     weights_identity,
 )
 from fluxsae.records import CaptureSpec, Feature, Grid, Selection, check_step, parse_site
-from fluxsae.requests import GenerationRequest, RequestBatch
 from fluxsae.sae import SAE, load_sae
 from fluxsae.shards import ShardSet
 

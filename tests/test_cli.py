@@ -173,7 +173,7 @@ def test_nothing_keeps_what_a_stage_had_in_memory(
         loaded.append(weakref.ref(pipe.transformer))
         return pipe
 
-    monkeypatch.setattr("fluxsae.capture.load_pipeline", load)
+    monkeypatch.setattr("fluxsae.capture.module.load_pipeline", load)
     (tmp_path / "capture.yaml").write_text(yaml.safe_dump(capture))
     assert main(["predict", "-c", str(tmp_path / "capture.yaml")]) == 0
     gc.collect()

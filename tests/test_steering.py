@@ -12,9 +12,9 @@ from PIL import Image
 
 from fluxsae.analysis.steering_effects import ssim_distance, summarise
 from fluxsae.analysis.steering_grids import grid
+from fluxsae.capture.prompt_data import GenerationRequest, RequestBatch
 from fluxsae.models.load import weights_identity
 from fluxsae.records.spec import CaptureSpec, GenerationSpec, Grid
-from fluxsae.requests import GenerationRequest, RequestBatch
 from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.kinds.topk import TopK
 from fluxsae.steering import FluxSteering, Variant, read_mask

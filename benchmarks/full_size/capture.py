@@ -27,7 +27,7 @@ import yaml
 from diffusers import FluxPipeline
 from torch import nn
 
-import fluxsae.capture
+import fluxsae.capture.module
 from benchmarks.full_size.model import FULL, TINY, Size, random_pipeline, write_frame
 from benchmarks.full_size.processes import run_together
 from fluxsae.cli import main as fluxsae_main
@@ -188,7 +188,7 @@ class Bench:
         arguments += ["--trainer.enable_progress_bar=false", f"--trainer.devices={self.n_processes}"]
         parts = FluxPipeline(**self._components())
         parts.set_progress_bar_config(disable=True)
-        with mock.patch.object(fluxsae.capture, "load_pipeline", lambda *_, **__: parts):
+        with mock.patch.object(fluxsae.capture.module, "load_pipeline", lambda *_, **__: parts):
             code = fluxsae_main(["predict", *arguments])
         if code != 0:
             raise RuntimeError(f"fluxsae predict ended with code {code}, expected 0; its message is above.")

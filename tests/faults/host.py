@@ -14,7 +14,7 @@ import lightning.pytorch.callbacks
 import torch
 
 import fluxsae.analysis
-import fluxsae.capture
+import fluxsae.capture.module
 import fluxsae.models.generation
 import fluxsae.scoring
 import fluxsae.trainer_cli

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-import fluxsae.capture
+import fluxsae.capture.module
 from tests.faults.kill import Stage, make_stages
 from tests.faults.processes import compare, config_for, start
 

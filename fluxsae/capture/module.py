@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from fluxsae.capture_folder import (
+from fluxsae.capture.folder import (
     CaptureSet,
     check_space,
     claim_folder,
@@ -29,7 +29,8 @@ from fluxsae.capture_folder import (
     set_folder,
     token_bytes,
 )
-from fluxsae.capture_progress import ProgressLog
+from fluxsae.capture.progress import ProgressLog
+from fluxsae.capture.prompt_data import GenerationRequest, PromptData, RequestBatch
 from fluxsae.models import (
     EmbeddingCache,
     EmbeddingsAhead,
@@ -47,11 +48,8 @@ from fluxsae.models import (
     weights_identity,
 )
 from fluxsae.records import GenerationSpec, check_step, parse_site, prompts_hash, token_grid
-from fluxsae.requests import GenerationRequest, PromptData, RequestBatch, image_seed
 from fluxsae.runtime import Background, HostCopy, OneRunOnly, side_by_side
 from fluxsae.shards import SampleRecord, ShardSet, Storage, describe_channels
-
-__all__ = ["FluxCapture", "GenerationRequest", "PromptData", "RequestBatch", "image_seed", "set_folder"]
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from lightning import Trainer
 
-import fluxsae.capture
+import fluxsae.capture.module
 import fluxsae.models.placement
-from fluxsae.capture import FluxCapture, PromptData, RequestBatch, image_seed, set_folder
+from fluxsae.capture.folder import set_folder
+from fluxsae.capture.module import FluxCapture
+from fluxsae.capture.prompt_data import PromptData, RequestBatch, image_seed
 from fluxsae.models.embeddings import EmbeddingCache, EmbeddingsAhead, PromptEmbeddings
 from fluxsae.models.generation import Generated, generate
 from fluxsae.models.load import load_pipeline
@@ -148,19 +150,19 @@ def test_a_killed_capture_goes_on_to_the_same_files(
 @contextmanager
 def counted() -> Iterator[list[int]]:
     """How many images each batch made has."""
-    original, made = fluxsae.capture.generate, []
+    original, made = fluxsae.capture.module.generate, []
 
     def generate_(pipe: Any, prompt: Any, seeds: list[int], **options: Any) -> Any:
         made.append(len(seeds))
         return original(pipe, prompt, seeds, **options)
 
-    with mock.patch.object(fluxsae.capture, "generate", generate_):
+    with mock.patch.object(fluxsae.capture.module, "generate", generate_):
         yield made
 
 
 def begin(tiny_flux: Path, prompts: Path, folder: Path, **changes: Any) -> None:
     """A capture that ends with an error once the first batch, 3 of the first shard's 4 images, is on the disk."""
-    original, calls = fluxsae.capture.generate, []
+    original, calls = fluxsae.capture.module.generate, []
 
     def second_fails(*args: Any, **options: Any) -> Any:
         calls.append(args)
@@ -169,7 +171,7 @@ def begin(tiny_flux: Path, prompts: Path, folder: Path, **changes: Any) -> None:
         return original(*args, **options)
 
     with (
-        mock.patch.object(fluxsae.capture, "generate", second_fails),
+        mock.patch.object(fluxsae.capture.module, "generate", second_fails),
         pytest.raises(RuntimeError, match="broken"),
     ):
         run(capture(tiny_flux, folder, **changes), data(prompts))
@@ -210,10 +212,10 @@ def test_what_was_kept_is_only_used_whole_and_for_the_same(
 KILLED = """
 import os, sys, time
 from pathlib import Path
-import fluxsae.capture
-from tests.test_capture import capture, data, run
+import fluxsae.capture.module
+from tests.capture.test_capture import capture, data, run
 
-original, calls = fluxsae.capture.generate, []
+original, calls = fluxsae.capture.module.generate, []
 
 def die_at_the_fourth(*args, **options):
     calls.append(1)
@@ -223,7 +225,7 @@ def die_at_the_fourth(*args, **options):
         time.sleep(0.01)
     os._exit(9)
 
-fluxsae.capture.generate = die_at_the_fourth
+fluxsae.capture.module.generate = die_at_the_fourth
 run(capture(Path(sys.argv[1]), Path(sys.argv[2])), data(Path(sys.argv[3])))
 """
 
@@ -269,7 +271,7 @@ def test_a_finished_capture_started_again_loads_and_writes_nothing(
     tiny_flux: Path, prompts: Path, finished: Path
 ) -> None:
     before = files(finished)
-    with mock.patch.object(fluxsae.capture, "load_pipeline", side_effect=AssertionError):
+    with mock.patch.object(fluxsae.capture.module, "load_pipeline", side_effect=AssertionError):
         run(capture(tiny_flux, finished), data(prompts))
     assert files(finished) == before
 
@@ -297,7 +299,7 @@ def test_without_images_the_sampler_stops_at_the_last_step_behind_the_last_site(
             pipe.transformer.get_submodule(path).register_forward_pre_hook(count, with_kwargs=True)
         return pipe
 
-    with mock.patch.object(fluxsae.capture, "load_pipeline", counted_pipeline):
+    with mock.patch.object(fluxsae.capture.module, "load_pipeline", counted_pipeline):
         run(capture(tiny_flux, tmp_path / "out", sites=[SITE], images=False), data(prompts, batch_size=4))
     n_batches, n_passes = 3, 3  # steps 0 to 2
     assert passes.count(FluxTransformerBlock) == n_batches * n_passes * 2
@@ -331,7 +333,7 @@ def test_prompts_encoded_as_they_come_and_blocks_in_host_memory_change_nothing(
 
     get, beside = EmbeddingCache.get, partial(EmbeddingsAhead, beside=True)
     with (
-        mock.patch.object(fluxsae.capture, "EmbeddingsAhead", beside),
+        mock.patch.object(fluxsae.capture.module, "EmbeddingsAhead", beside),
         mock.patch.object(EmbeddingCache, "get", one_batch),
     ):
         run(capture(tiny_flux, tmp_path / "ahead", keep_embeddings=False), data(prompts))
@@ -360,7 +362,7 @@ def test_text_encoders_are_gone_before_the_first_image(tiny_flux: Path, prompts:
         pipes.append(pipe)
         return generate(pipe, *args, **options)
 
-    with mock.patch.object(fluxsae.capture, "generate", keep):
+    with mock.patch.object(fluxsae.capture.module, "generate", keep):
         run(capture(tiny_flux, tmp_path / "out"), data(prompts))
     assert pipes and all(pipe.text_encoder is None and pipe.text_encoder_2 is None for pipe in pipes)
 
@@ -374,7 +376,7 @@ def changed(at_site: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
         pipe.transformer.get_submodule(SITE).register_forward_hook(lambda m, i, out: at_site(out))
         return pipe
 
-    with mock.patch.object(fluxsae.capture, "load_pipeline", load):
+    with mock.patch.object(fluxsae.capture.module, "load_pipeline", load):
         yield
 
 
@@ -403,7 +405,7 @@ def test_tokens_that_are_not_finite_are_skipped_by_choice(tiny_flux: Path, promp
 
 def test_a_full_disk_is_told_of_before_weights_are_loaded(tiny_flux: Path, prompts: Path, tmp_path: Path) -> None:
     with (
-        mock.patch.object(fluxsae.capture, "load_pipeline", side_effect=AssertionError),
+        mock.patch.object(fluxsae.capture.module, "load_pipeline", side_effect=AssertionError),
         mock.patch.object(shutil, "disk_usage", return_value=shutil.disk_usage(tmp_path)._replace(free=100_000)),
         pytest.raises(ValueError, match=r"there is no room left for .*out: it would take about 0.\d+ GB more"),
     ):
@@ -415,7 +417,7 @@ def test_a_site_without_tokens_is_refused_before_weights_are_loaded(
     tiny_flux: Path, prompts: Path, tmp_path: Path
 ) -> None:
     with (
-        mock.patch.object(fluxsae.capture, "load_pipeline", side_effect=AssertionError),
+        mock.patch.object(fluxsae.capture.module, "load_pipeline", side_effect=AssertionError),
         pytest.raises(ValueError, match=r"returns a tensor of shape \[1, 192\], not tokens"),
     ):
         run(capture(tiny_flux, tmp_path / "out", sites=["transformer_blocks.0.norm1.linear"]), data(prompts))
@@ -490,7 +492,7 @@ def test_wrong_arguments_are_refused_at_once(
 def test_a_wrong_site_or_model_is_refused_before_weights_are_loaded(
     tiny_flux: Path, prompts: Path, tmp_path: Path
 ) -> None:
-    with mock.patch.object(fluxsae.capture, "load_pipeline", side_effect=AssertionError):
+    with mock.patch.object(fluxsae.capture.module, "load_pipeline", side_effect=AssertionError):
         with pytest.raises(ValueError, match=r"'transformer_blocks.9.ff' is no module"):
             run(capture(tiny_flux, tmp_path / "out", sites=["transformer_blocks.9.ff"]), data(prompts))
         with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fluxsae.capture.prompt_data import PromptData, RequestBatch
 from fluxsae.files import read_json, remove_parts, write_json, write_text
 from fluxsae.records import CaptureSpec, GenerationSpec, Prompt, Site, differences
-from fluxsae.requests import PromptData, RequestBatch
 from fluxsae.shards import ShardWriter, Storage
 
 GENERATION = "generation.json"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 
-class Progress(NamedTuple):
+class CaptureProgress(NamedTuple):
     """What a process has done of its share: images made, images of its share, tokens and bytes written, seconds."""
 
     n_made: int
@@ -30,7 +30,7 @@ class Progress(NamedTuple):
 
 
 class ProgressLog:
-    """Logs a `Progress` when `every` seconds have passed since the last one."""
+    """Logs a `CaptureProgress` when `every` seconds have passed since the last one."""
 
     def __init__(self, every: float = 30.0) -> None:
         self.every = every
@@ -40,4 +40,4 @@ class ProgressLog:
         now = time.monotonic()
         if now - self._said >= self.every:
             self._said = now
-            logger.info("%s", Progress(n_made, n_images, n_tokens, n_bytes, now - self.started))
+            logger.info("%s", CaptureProgress(n_made, n_images, n_tokens, n_bytes, now - self.started))

@@ -9,11 +9,11 @@ from unittest import mock
 
 import pytest
 
-from fluxsae.capture_folder import check_space, token_bytes
-from fluxsae.capture_progress import Progress, ProgressLog
+from fluxsae.capture.folder import check_space, token_bytes
+from fluxsae.capture.progress import CaptureProgress, ProgressLog
 from fluxsae.trainer_cli import TrainerCLI
 
-FLUX_DEV = Path(__file__).parent.parent / "configs" / "flux-dev"
+FLUX_DEV = Path(__file__).parents[2] / "configs" / "flux-dev"
 
 
 def test_an_image_s_tokens_take_what_the_format_says() -> None:
@@ -33,7 +33,7 @@ def test_a_disk_without_room_is_told_of_with_both_values(tmp_path: Path) -> None
 
 
 def test_progress_says_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    said = str(Progress(n_made=100, n_images=1000, n_tokens=25600, n_bytes=157_000_000, seconds=60.0))
+    said = str(CaptureProgress(n_made=100, n_images=1000, n_tokens=25600, n_bytes=157_000_000, seconds=60.0))
     assert said == "100 of 1,000 images, 1.67 images/s, 427 tokens/s, 0.157 GB written, 9 min left"
     caplog.set_level(logging.INFO, "fluxsae")
     ProgressLog(every=3600.0).show(1, 2, 3, 4)

@@ -29,7 +29,7 @@ from fluxsae.kernels.fp8 import Scaled, straight_through
 from fluxsae.sae import L1, SAE, TopK, load_sae
 from fluxsae.sae.evaluation import Evaluation
 from fluxsae.shards import ShardSet, ShardWriter
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from fluxsae.records.spec import CaptureSpec, GenerationSpec
 from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet, ShardWriter
 from fluxsae.shards.format import Storage
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 
 WARMUP = 20
 """Steps before a training is timed, at the least: an epoch is over by then, as its last, smaller batch has kernels of

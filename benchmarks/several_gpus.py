@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from fluxsae.runtime.distributed import OneAllReduce
 from fluxsae.runtime.interrupts import StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import TopK
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 
 WINDOW = 50
 

@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from fluxsae.figures.style import BLUE, GREEN, INK, ORANGE, PINK, drawing
 from fluxsae.files.whole import whole_file
 from fluxsae.sae import L1, SAE, TopK
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 
 PARTS = {
     "matrix products": ("nvjet", "gemm", "cutlass", "cublas"),

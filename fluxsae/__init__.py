@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from fluxsae.scoring import ImageScores, SAEScoring, Scores
     from fluxsae.shards import ShardSet, describe_channels, verify
     from fluxsae.steering import FluxSteering
-    from fluxsae.sweep import SweepTraining
-    from fluxsae.training import SAETraining
+    from fluxsae.training import SAETraining, SweepTraining
 
 __version__ = "0.1.0"
 
@@ -68,7 +67,7 @@ _HOMES = {
     "fluxsae.shards.verification": ("verify",),
     "fluxsae.records.spec": ("CaptureSpec", "GenerationSpec", "Site", "parse_site", "token_grid"),
     "fluxsae.steering": ("FluxSteering",),
-    "fluxsae.sweep": ("SweepTraining",),
+    "fluxsae.training.sweep": ("SweepTraining",),
     "fluxsae.training": ("SAETraining",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -23,8 +23,7 @@ from fluxsae.files import read_yaml, remove_parts, unknown_key, whole_file, writ
 from fluxsae.records import WHICH_IMAGES, differences
 from fluxsae.runtime import StopsWhereItCanGoOn
 from fluxsae.sae import SAE, load_sae
-from fluxsae.sweep import SweepTraining
-from fluxsae.training import SAETraining
+from fluxsae.training import SAETraining, SweepTraining
 
 NOISE = (
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and torch

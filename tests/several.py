@@ -14,13 +14,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-import fluxsae.training
+import fluxsae.training.module
 from fluxsae.runtime.distributed import OneAllReduce, Processes
 from fluxsae.runtime.interrupts import LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import L1, SAE, TopK
-from fluxsae.sae.fused import Settings
 from fluxsae.sae.kinds.jumprelu import JumpReLU
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
+from fluxsae.training.steps.fused.settings import Settings
 from tests.synthetic import dictionary, draw
 
 D_IN, N_FEATURES, BATCH, N_STEPS, STOP = 16, 48, 64, 36, 24

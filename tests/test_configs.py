@@ -28,7 +28,7 @@ from fluxsae.sae.checkpoint import load_sae
 from fluxsae.study import read_study
 from fluxsae.study_figures import read_figures
 from fluxsae.trainer_cli import TrainerCLI
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 from tests.random_flux import random_flux
 from tests.synthetic import token_shards
 

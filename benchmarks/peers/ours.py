@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.peers.library import Batches, Library, Reconstruction, Task, gao_rate
 from fluxsae.sae import TopK
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 
 
 class Ours(Library):

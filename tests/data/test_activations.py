@@ -21,7 +21,7 @@ from fluxsae.sae import TopK
 from fluxsae.shards import SampleRecord, ShardSet
 from fluxsae.shards.format import Storage
 from fluxsae.shards.token_blocks import TokenBlock
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 from tests.synthetic import records, token_shards
 
 

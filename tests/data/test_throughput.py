@@ -12,7 +12,7 @@ from fluxsae.data.activations import ActivationData
 from fluxsae.data.mixing.tokens import Feed
 from fluxsae.data.throughput import Throughput
 from fluxsae.sae import TopK
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 from tests.synthetic import token_shards
 
 

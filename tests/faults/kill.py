@@ -237,7 +237,7 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
         ]
         return {
             "seed_everything": 0,
-            "model": {"class_path": "fluxsae.training.SAETraining", "init_args": model},
+            "model": {"class_path": "fluxsae.training.module.SAETraining", "init_args": model},
             "data": {
                 "class_path": "fluxsae.data.activations.ActivationData",
                 "init_args": {"shards": str(inputs / "tokens"), "batch_size": 48},

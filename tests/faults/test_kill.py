@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from fluxsae.data.activations import ActivationData
 from fluxsae.sae import TopK
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 from tests.faults.kill import STEPS_A_CHECKPOINT, Host, Stage, host, make_stages, read_diary, result, rounds, unbroken
 from tests.synthetic import token_shards
 

@@ -23,7 +23,7 @@ from fluxsae.data.activations import ActivationData
 from fluxsae.runtime import interrupts
 from fluxsae.runtime.interrupts import Interrupted, LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import TopK
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 from tests.synthetic import token_shards
 
 

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from fluxsae.data.activations import ActivationData
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK
-from fluxsae.sweep import SweepTraining
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
+from fluxsae.training.sweep import SweepTraining
 from tests.synthetic import dictionary, token_shards
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fluxsae.kernels.rounding import to_fp8
-from fluxsae.sae.fused.kernels.feature_lists import PIECE, FeatureLists
+from fluxsae.training.steps.fused.kernels.feature_lists import PIECE, FeatureLists
 
 TILE = 512
 """Channels a program works on: tokens and errors of 8,192 tokens × 512 channels in bf16 are 8 MB each."""

@@ -20,8 +20,9 @@ from fluxsae.runtime.cuda_graphs import clear_all
 from fluxsae.runtime.distributed import Processes
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.dead import aux_error
-from fluxsae.sae.fused import ALONE, FusedStep, Settings
 from fluxsae.sae.objective import squared_errors, token_weights
+from fluxsae.training.steps.fused.settings import Settings
+from fluxsae.training.steps.fused.step import ALONE, FusedStep
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

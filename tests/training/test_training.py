@@ -19,7 +19,7 @@ from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae
 from fluxsae.sae.checkpoint import read_config
 from fluxsae.shards.read import ShardSet
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
 from tests.synthetic import dictionary, token_shards
 
 D_IN, N_TRUE = 16, 24

@@ -18,8 +18,8 @@ from fluxsae.files.tables import read_csv
 from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae
 from fluxsae.sae.checkpoint import read_config
-from fluxsae.sweep import SweepTraining
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
+from fluxsae.training.sweep import SweepTraining
 from tests.synthetic import dictionary, token_shards
 
 D_IN = 16

@@ -13,13 +13,14 @@ from lightning.pytorch.callbacks import Callback
 
 pytest.importorskip("triton")
 
-import fluxsae.training
+import fluxsae.training.module
 from fluxsae.data.activations import ActivationData
 from fluxsae.kernels import columns
 from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, TopK
-from fluxsae.sae.fused import Settings, why_not_fused
-from fluxsae.training import SAETraining
+from fluxsae.training.module import SAETraining
+from fluxsae.training.steps.fused.settings import Settings
+from fluxsae.training.steps.fused.step import why_not_fused
 from tests.synthetic import dictionary, token_shards
 
 D_IN, N_STEPS = 8, 6

@@ -18,12 +18,12 @@ from torch.optim import Adam
 from fluxsae.kernels import columns
 from fluxsae.runtime import Processes
 from fluxsae.sae.base import SAE
-from fluxsae.sae.fused.copies import Copies
-from fluxsae.sae.fused.kernels import row_updates, scalars
-from fluxsae.sae.fused.kernels.feature_lists import FeatureLists
-from fluxsae.sae.fused.kernels.row_updates import AdamState, Auxiliary, UnitRows
-from fluxsae.sae.fused.passes import Found, SparseFactors
-from fluxsae.sae.fused.settings import Settings
+from fluxsae.training.steps.fused.copies import Copies
+from fluxsae.training.steps.fused.kernels import row_updates, scalars
+from fluxsae.training.steps.fused.kernels.feature_lists import FeatureLists
+from fluxsae.training.steps.fused.kernels.row_updates import AdamState, Auxiliary, UnitRows
+from fluxsae.training.steps.fused.passes import Found, SparseFactors
+from fluxsae.training.steps.fused.settings import Settings
 
 
 class Seen(NamedTuple):

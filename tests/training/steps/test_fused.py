@@ -16,10 +16,12 @@ from fluxsae.kernels import columns, selection
 from fluxsae.kernels.fp8 import straight_through
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.dead import aux_error
-from fluxsae.sae.fused import FusedStep, Settings, auxiliary
-from fluxsae.sae.fused import step as fused_step
-from fluxsae.sae.fused.kernels import decoding, feature_lists, row_updates, scalars
 from fluxsae.sae.objective import squared_errors, token_weights
+from fluxsae.training.steps.fused import auxiliary
+from fluxsae.training.steps.fused import step as fused_step
+from fluxsae.training.steps.fused.kernels import decoding, feature_lists, row_updates, scalars
+from fluxsae.training.steps.fused.settings import Settings
+from fluxsae.training.steps.fused.step import FusedStep
 from tests.synthetic import randomised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,14 +18,14 @@ from torch.optim import Adam
 
 from fluxsae.runtime import Graphs, OneAllReduce, Processes
 from fluxsae.sae.base import SAE
-from fluxsae.sae.fused.settings import Settings
 from fluxsae.sae.kinds.l1 import L1
 from fluxsae.sae.kinds.topk import TopK
+from fluxsae.training.steps.fused.settings import Settings
 
 if find_spec("triton") is not None:
-    from fluxsae.sae.fused.copies import Copies
-    from fluxsae.sae.fused.passes import DensePasses, Outcome, SparsePasses
-    from fluxsae.sae.fused.updates import Seen, States, Updates
+    from fluxsae.training.steps.fused.copies import Copies
+    from fluxsae.training.steps.fused.passes import DensePasses, Outcome, SparsePasses
+    from fluxsae.training.steps.fused.updates import Seen, States, Updates
 
 SPARSE_UP_TO = 128
 """The largest k for which gathering rows beats matrix products (measured on an H100 at D = 3072, F = 12288)."""

@@ -18,13 +18,13 @@ from fluxsae.kernels import columns, selection
 from fluxsae.kernels.fp8 import Scaled
 from fluxsae.runtime import Processes
 from fluxsae.sae.base import SAE
-from fluxsae.sae.fused.auxiliary import AuxiliaryLoss, AuxiliaryPass
-from fluxsae.sae.fused.copies import Copies
-from fluxsae.sae.fused.kernels import decoding, feature_lists, row_updates, scalars
-from fluxsae.sae.fused.kernels.feature_lists import FeatureLists
-from fluxsae.sae.fused.settings import Settings
 from fluxsae.sae.kinds.l1 import L1
 from fluxsae.sae.kinds.topk import TopK
+from fluxsae.training.steps.fused.auxiliary import AuxiliaryLoss, AuxiliaryPass
+from fluxsae.training.steps.fused.copies import Copies
+from fluxsae.training.steps.fused.kernels import decoding, feature_lists, row_updates, scalars
+from fluxsae.training.steps.fused.kernels.feature_lists import FeatureLists
+from fluxsae.training.steps.fused.settings import Settings
 
 
 class Outcome(NamedTuple):

@@ -22,7 +22,7 @@ from fluxsae.trainer_cli import TrainerCLI
 from tests.several import BATCH, D_IN, N_FEATURES, SlicedData, fit
 from tests.synthetic import token_shards
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 SCRIPT = """
 import sys
@@ -65,7 +65,7 @@ def run_in_several(folder: Path, trainings: str, timeout: float = 200) -> None:
     """Run the trainings in as many processes as they ask for; shapes are checked there, too."""
     script = folder / "several.py"
     script.write_text(SCRIPT + trainings)
-    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "PATH": ""}
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1", "PATH": ""}
     environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, str(script), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fluxsae.kernels import columns, selection
 from fluxsae.sae.base import SAE
-from fluxsae.sae.fused.kernels.row_updates import Auxiliary
-from fluxsae.sae.fused.kernels.scalars import Weighed
+from fluxsae.training.steps.fused.kernels.row_updates import Auxiliary
+from fluxsae.training.steps.fused.kernels.scalars import Weighed
 
 _BUCKET = 128
 """The features' number is rounded up to this, so that few recorded graphs serve all numbers of dead features."""

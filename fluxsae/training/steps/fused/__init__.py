@@ -4,7 +4,7 @@ It minimises what `SAETraining` minimises. `passes` finds the loss, `updates` ma
 in few bits from `copies`, and `step` records them as CUDA graphs.
 """
 
-from fluxsae.sae.fused.settings import Settings
-from fluxsae.sae.fused.step import ALONE, CHECKED, FusedStep, StepAdam, disagreement, why_not_fused
+from fluxsae.training.steps.fused.settings import Settings
+from fluxsae.training.steps.fused.step import ALONE, CHECKED, FusedStep, StepAdam, disagreement, why_not_fused
 
 __all__ = ["ALONE", "CHECKED", "FusedStep", "Settings", "StepAdam", "disagreement", "why_not_fused"]

@@ -43,7 +43,8 @@ from fluxsae.sae import (
     token_weights,
     whole,
 )
-from fluxsae.sae.fused import CHECKED, FusedStep, Settings, StepAdam, disagreement, why_not_fused
+from fluxsae.training.steps.fused.settings import Settings
+from fluxsae.training.steps.fused.step import CHECKED, FusedStep, StepAdam, disagreement, why_not_fused
 
 _logger = logging.getLogger(__name__)
 

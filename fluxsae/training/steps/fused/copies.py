@@ -12,7 +12,7 @@ from torch import Tensor
 from fluxsae.kernels import columns
 from fluxsae.kernels.fp8 import Scaled, product, why_no_fp8
 from fluxsae.sae.base import SAE
-from fluxsae.sae.fused.settings import Settings
+from fluxsae.training.steps.fused.settings import Settings
 
 
 class Copies:

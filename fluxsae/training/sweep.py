@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fluxsae.data import ActivationData
 from fluxsae.runtime import OneRunOnly
-from fluxsae.training import SAETraining, TrainedOnTokens, measure
+from fluxsae.training.module import SAETraining, TrainedOnTokens, measure
 
 _ADVICE = "Using ModelCheckpoint with manual optimization"
 """Lightning warns that a checkpoint holds the weights after the step that it is named for; so it should."""

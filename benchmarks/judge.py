@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from fluxsae.analysis.clip import Clip, embed, load_clip
+from fluxsae.scoring.clip import Clip, embed, load_clip
 from scripts.tiny.scenes import BACKGROUND_NAMES, OBJECT_NAMES, PLACE_NAMES, SIZE_NAMES, Scene
 from scripts.tiny.vocabulary import BACKGROUNDS, PLACES, SIZES
 

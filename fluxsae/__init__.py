@@ -9,14 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fluxsae.analysis.alive import AliveStatistics
-    from fluxsae.analysis.attributes import Attributes
-    from fluxsae.analysis.coherence import Coherence
-    from fluxsae.analysis.overlays import Overlays
-    from fluxsae.analysis.scores_writer import ScoresWriter
     from fluxsae.analysis.steering_effects import SteeringEffects
     from fluxsae.analysis.steering_grids import SteeringGrids
-    from fluxsae.analysis.top_images import TopImages
     from fluxsae.capture import FluxCapture, PromptData
     from fluxsae.data import ActivationData, TokenBatch
     from fluxsae.models import Tape, generate, intervene, load_pipeline, record
@@ -35,7 +29,17 @@ if TYPE_CHECKING:
     )
     from fluxsae.runtime import LastCheckpoint, OneAllReduce
     from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae, save_sae
-    from fluxsae.scoring import ImageScores, SAEScoring, Scores
+    from fluxsae.scoring import (
+        AliveStatistics,
+        Attributes,
+        Coherence,
+        ImageScores,
+        Overlays,
+        SAEScoring,
+        Scores,
+        ScoresWriter,
+        TopImages,
+    )
     from fluxsae.shards import ShardSet, describe_channels, verify
     from fluxsae.steering import FluxSteering
     from fluxsae.training import SAETraining, SweepTraining
@@ -44,14 +48,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "fluxsae.data.activations": ("ActivationData", "TokenBatch"),
-    "fluxsae.analysis.alive": ("AliveStatistics",),
-    "fluxsae.analysis.attributes": ("Attributes",),
-    "fluxsae.analysis.coherence": ("Coherence",),
-    "fluxsae.analysis.overlays": ("Overlays",),
-    "fluxsae.analysis.scores_writer": ("ScoresWriter",),
+    "fluxsae.scoring.analyses.alive": ("AliveStatistics",),
+    "fluxsae.scoring.analyses.attributes": ("Attributes",),
+    "fluxsae.scoring.analyses.coherence": ("Coherence",),
+    "fluxsae.scoring.analyses.overlays": ("Overlays",),
+    "fluxsae.scoring.analyses.scores_writer": ("ScoresWriter",),
     "fluxsae.analysis.steering_effects": ("SteeringEffects",),
     "fluxsae.analysis.steering_grids": ("SteeringGrids",),
-    "fluxsae.analysis.top_images": ("TopImages",),
+    "fluxsae.scoring.analyses.top_images": ("TopImages",),
     "fluxsae.capture": ("FluxCapture", "PromptData"),
     "fluxsae.records.features": ("Feature", "Selection", "read_features", "update_features"),
     "fluxsae.models.generation": ("generate",),

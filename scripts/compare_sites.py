@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fluxsae.figures.compare_sites import both_sites, compare_sites
 from fluxsae.records.features import Selection
-from fluxsae.scoring import Scores
+from fluxsae.scoring.scores import Scores
 
 
 def main() -> None:

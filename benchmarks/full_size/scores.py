@@ -26,18 +26,18 @@ from lightning.pytorch import Callback, Trainer
 from PIL import Image
 from torch import Tensor
 
-from fluxsae.analysis.alive import Activity, AliveStatistics
-from fluxsae.analysis.maps import MapFile
-from fluxsae.analysis.overlays import Overlays
-from fluxsae.analysis.scores_writer import ScoresWriter
-from fluxsae.analysis.top_images import TopImages, TopList
 from fluxsae.data.activations import ActivationData
 from fluxsae.files.whole import whole_file
 from fluxsae.records.features import Selection
 from fluxsae.records.spec import CaptureSpec, GenerationSpec
 from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, save_sae
 from fluxsae.sae.pooling import Pooled, pooling_of
-from fluxsae.scoring import SAEScoring
+from fluxsae.scoring.analyses.alive import Activity, AliveStatistics
+from fluxsae.scoring.analyses.overlays import Overlays
+from fluxsae.scoring.analyses.scores_writer import ScoresWriter
+from fluxsae.scoring.analyses.top_images import TopImages, TopList
+from fluxsae.scoring.map_files import MapFile
+from fluxsae.scoring.module import SAEScoring
 from fluxsae.shards import SampleRecord, ShardSet, ShardWriter
 from fluxsae.shards.format import Kind
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from fluxsae.analysis.clip import Clip, embed, load_clip
 from fluxsae.files import write_csv
 from fluxsae.records import read_features
 from fluxsae.runtime import OneRunOnly, gather_objects
+from fluxsae.scoring import Clip, embed, load_clip
 from fluxsae.shards import ShardSet
 from fluxsae.steering import FluxSteering, Steered
 

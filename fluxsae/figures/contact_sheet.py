@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from fluxsae.analysis.overlays import overlay, read_overlays
 from fluxsae.figures.style import BLUE, FAINT, INK, MUTED, ORANGE, font
 from fluxsae.files import whole_file, write_csv
 from fluxsae.records import Feature, Selection, shown
+from fluxsae.scoring import overlay, read_overlays
 from fluxsae.shards import ShardSet
 
 Layout = Literal["pairs", "overlays"]

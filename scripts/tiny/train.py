@@ -22,8 +22,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from fluxsae.analysis.clip import load_clip
 from fluxsae.files.whole import whole_file
+from fluxsae.scoring.clip import load_clip
 from scripts.tiny.data import Pool, build_pool, tokenise
 from scripts.tiny.export import export_clip, export_flux
 from scripts.tiny.models import build_clip, build_vae, clip_text_of

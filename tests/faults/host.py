@@ -13,14 +13,13 @@ import sys
 import lightning.pytorch.callbacks
 import torch
 
-import fluxsae.analysis
 import fluxsae.capture.module
 import fluxsae.models.generation
-import fluxsae.scoring
+import fluxsae.scoring.module
 import fluxsae.trainer_cli
 from fluxsae.cli import main
 
-PRELOADED = (lightning.pytorch.callbacks, fluxsae.analysis, fluxsae.capture, fluxsae.scoring, fluxsae.trainer_cli)
+PRELOADED = (lightning.pytorch.callbacks, fluxsae.capture, fluxsae.scoring, fluxsae.trainer_cli)
 
 
 def serve() -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback
 
 from fluxsae.files.tables import read_csv
 from fluxsae.sae import TopK, load_sae, save_sae
-from fluxsae.scoring import Scores
+from fluxsae.scoring.scores import Scores
 from fluxsae.shards.verification import verify
 from tests.random_flux import random_flux
 from tests.synthetic import randomised, token_shards
@@ -222,24 +222,24 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
         model = {"model": str(flux), "folder": str(folder / "capture"), "sites": [SITE], **sizes}
         prompts = {"prompts": str(inputs / "prompts.jsonl"), "repetitions": 2, "batch_size": 2, "images_per_shard": 3}
         return {
-            "model": {"class_path": "fluxsae.capture.FluxCapture", "init_args": model},
-            "data": {"class_path": "fluxsae.capture.PromptData", "init_args": prompts},
+            "model": {"class_path": "fluxsae.FluxCapture", "init_args": model},
+            "data": {"class_path": "fluxsae.PromptData", "init_args": prompts},
             "trainer": quiet,
         }
 
     def fit(folder: Path) -> dict[str, Any]:
-        sae = {"class_path": "fluxsae.sae.TopK", "init_args": {"d_in": 16, "n_features": 48, "k": 4}}
+        sae = {"class_path": "fluxsae.TopK", "init_args": {"d_in": 16, "n_features": 48, "k": 4}}
         model = {"sae": sae, "folder": str(folder / "sae"), "lr": 0.005, "dead_after": 2000}
         keep = {"dirpath": str(folder / "checkpoints"), "minutes": 0, "every_n_steps": STEPS_A_CHECKPOINT}
         callbacks = [
-            {"class_path": "fluxsae.runtime.interrupts.LastCheckpoint", "init_args": keep},
+            {"class_path": "fluxsae.LastCheckpoint", "init_args": keep},
             {"class_path": "tests.faults.kill.Diary", "init_args": {"path": str(folder / "diary.txt")}},
         ]
         return {
             "seed_everything": 0,
-            "model": {"class_path": "fluxsae.training.module.SAETraining", "init_args": model},
+            "model": {"class_path": "fluxsae.SAETraining", "init_args": model},
             "data": {
-                "class_path": "fluxsae.data.activations.ActivationData",
+                "class_path": "fluxsae.ActivationData",
                 "init_args": {"shards": str(inputs / "tokens"), "batch_size": 48},
             },
             "trainer": {
@@ -255,21 +255,21 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
     def scores(folder: Path) -> dict[str, Any]:
         table, prompts = str(folder / "features.csv"), str(inputs / "prompts.jsonl")
         callbacks = {
-            "scores_writer.ScoresWriter": {"folder": str(folder / "scores"), "prompts": prompts},
-            "alive.AliveStatistics": {"features": table},
-            "top_images.TopImages": {"features": table},
-            "attributes.Attributes": {"features": table, "prompts": prompts},
+            "ScoresWriter": {"folder": str(folder / "scores"), "prompts": prompts},
+            "AliveStatistics": {"features": table},
+            "TopImages": {"features": table},
+            "Attributes": {"features": table, "prompts": prompts},
         }
         return {
-            "model": {"class_path": "fluxsae.scoring.SAEScoring", "init_args": {"sae": str(inputs / "sae")}},
+            "model": {"class_path": "fluxsae.SAEScoring", "init_args": {"sae": str(inputs / "sae")}},
             "data": {
-                "class_path": "fluxsae.data.activations.ActivationData",
+                "class_path": "fluxsae.ActivationData",
                 "init_args": {"shards": str(inputs / "tokens"), "images_per_batch": 1},
             },
             "trainer": {
                 **quiet,
                 "logger": False,
-                "callbacks": [{"class_path": f"fluxsae.analysis.{k}", "init_args": v} for k, v in callbacks.items()],
+                "callbacks": [{"class_path": f"fluxsae.{k}", "init_args": v} for k, v in callbacks.items()],
             },
         }
 

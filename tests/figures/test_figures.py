@@ -16,7 +16,7 @@ from fluxsae.figures.matrix import order_by_likeness
 from fluxsae.figures.training_curves import Curve, read_run, spread, training_curves
 from fluxsae.files.tables import read_csv
 from fluxsae.records.features import Feature
-from fluxsae.scoring import Scores
+from fluxsae.scoring.scores import Scores
 from tests.synthetic import capture_spec
 
 RNG = np.random.default_rng(0)

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from lightning.pytorch import Trainer
 
 import fluxsae
-from fluxsae.analysis.clip import load_clip
+from fluxsae.scoring.clip import load_clip
 from scripts.tiny import data, training
 from scripts.tiny.data import Pool, build_pool, tokenise
 from scripts.tiny.export import export_clip, export_flux

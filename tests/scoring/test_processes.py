@@ -13,13 +13,13 @@ import yaml
 from fluxsae.data.activations import ActivationData
 from fluxsae.records.features import Selection
 from fluxsae.sae.checkpoint import read_config
-from tests.analysis.study import Study, make_study, run
 from tests.random_clip import random_clip
+from tests.scoring.study import Study, make_study, run
 
 SCRIPT = """
 import sys, warnings
 from pathlib import Path
-from tests.analysis.test_processes import score, study_at
+from tests.scoring.test_processes import score, study_at
 if __name__ == "__main__":
     score(study_at(Path(sys.argv[1])), sys.argv[2], accelerator="cpu", devices=2, strategy="ddp", images_per_batch=4)
 """
@@ -34,11 +34,11 @@ def study_at(folder: Path) -> Study:
 
 def score(study: Study, name: str, **trainer: object) -> None:
     """Every scoring callback, then overlays, with results under `name`."""
-    from fluxsae.analysis.alive import AliveStatistics
-    from fluxsae.analysis.coherence import Coherence
-    from fluxsae.analysis.overlays import Overlays
-    from fluxsae.analysis.scores_writer import ScoresWriter
-    from fluxsae.analysis.top_images import TopImages
+    from fluxsae.scoring.analyses.alive import AliveStatistics
+    from fluxsae.scoring.analyses.coherence import Coherence
+    from fluxsae.scoring.analyses.overlays import Overlays
+    from fluxsae.scoring.analyses.scores_writer import ScoresWriter
+    from fluxsae.scoring.analyses.top_images import TopImages
 
     out = study.folder / name
     table = out / "features.csv"

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxsae.analysis.alive import AliveStatistics
-from fluxsae.analysis.maps import MapFile
-from fluxsae.analysis.overlays import Overlays, clip_value, overlay, read_overlays, scales
-from fluxsae.analysis.top_images import TopImages
 from fluxsae.figures.contact_sheet import contact_sheet, sheet_rows
 from fluxsae.files.tables import read_csv
 from fluxsae.records.features import Selection, read_features
-from tests.analysis.study import make_study, run
+from fluxsae.scoring.analyses.alive import AliveStatistics
+from fluxsae.scoring.analyses.overlays import Overlays, clip_value, overlay, read_overlays, scales
+from fluxsae.scoring.analyses.top_images import TopImages
+from fluxsae.scoring.map_files import MapFile
+from tests.scoring.study import make_study, run
 
 
 @pytest.mark.parametrize("mode", ["smooth", "patch"])

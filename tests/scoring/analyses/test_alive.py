@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxsae.analysis.alive import Activity, AliveStatistics, table_columns
 from fluxsae.records.features import read_features
-from tests.analysis.study import all_scores, make_study, run
+from fluxsae.scoring.analyses.alive import Activity, AliveStatistics, table_columns
+from tests.scoring.study import all_scores, make_study, run
 
 
 def test_hand_made() -> None:

@@ -10,17 +10,18 @@ import pytest
 from lightning.pytorch import Callback
 from torch import Tensor
 
-from fluxsae import scoring
-from fluxsae.analysis import by_feature
-from fluxsae.analysis.alive import AliveStatistics
-from fluxsae.analysis.by_feature import read_by_feature, write_by_feature
-from fluxsae.analysis.scores_writer import ScoresWriter
-from fluxsae.analysis.top_images import TopImages
 from fluxsae.records.features import Selection, read_features, update_features
 from fluxsae.sae import save_sae
 from fluxsae.sae.pooling import PlainPooling, Pooled
-from fluxsae.scoring import Scores, prompt_key
-from tests.analysis.study import Study, all_scores, make_study, run
+from fluxsae.scoring import by_feature
+from fluxsae.scoring import module as scoring
+from fluxsae.scoring.analyses.alive import AliveStatistics
+from fluxsae.scoring.analyses.scores_writer import ScoresWriter
+from fluxsae.scoring.analyses.top_images import TopImages
+from fluxsae.scoring.by_feature import read_by_feature, write_by_feature
+from fluxsae.scoring.module import prompt_key
+from fluxsae.scoring.scores import Scores
+from tests.scoring.study import Study, all_scores, make_study, run
 from tests.synthetic import capture_spec
 
 

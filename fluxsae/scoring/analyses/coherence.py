@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from fluxsae.analysis.clip import embed, load_clip
-from fluxsae.analysis.top_images import TopList, gather_top
 from fluxsae.records import differences, update_features
 from fluxsae.runtime import gather_tensors
-from fluxsae.scoring import ImageScores, SAEScoring, all_shards, prompt_key
+from fluxsae.scoring.analyses.top_images import TopList, gather_top
+from fluxsae.scoring.clip import embed, load_clip
+from fluxsae.scoring.module import ImageScores, SAEScoring, all_shards, prompt_key
 from fluxsae.shards import ShardSet
 
 _CANDIDATES = 4

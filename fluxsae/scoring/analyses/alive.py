@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fluxsae.records import update_features
 from fluxsae.runtime import gather_tensors
-from fluxsae.scoring import ImageScores, SAEScoring, all_shards
+from fluxsae.scoring.module import ImageScores, SAEScoring, all_shards
 
 
 class Activity(NamedTuple):

@@ -10,10 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import open_clip
 import torch
 from jaxtyping import Float
-from open_clip.pretrained import get_pretrained_cfg
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
@@ -41,6 +39,8 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
         arguments = {"model_name": name}
     else:
         arguments = _built_in(name)
+    import open_clip  # takes seconds, which other analyses need not wait for
+
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(
             **arguments, device=device, pretrained_image=False, pretrained_text=False
@@ -52,6 +52,9 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
 
 
 def _built_in(name: str) -> dict[str, Any]:
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
     model, _, weights = name.partition("/")
     if (model, weights) not in open_clip.list_pretrained():
         raise ValueError(

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 
-from fluxsae.analysis.by_feature import FILES, OFFSETS, write_by_feature
 from fluxsae.files import remove_parts, write_csv, write_json
 from fluxsae.records import read_prompts
 from fluxsae.runtime import OneRunOnly, SharedArray
-from fluxsae.scoring import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY, ImageScores, SAEScoring, all_shards
+from fluxsae.scoring.by_feature import FILES, OFFSETS, write_by_feature
+from fluxsae.scoring.module import ImageScores, SAEScoring, all_shards
+from fluxsae.scoring.scores import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY
 from fluxsae.shards import ShardSet
 
 

@@ -6,20 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from fluxsae.analysis.alive import AliveStatistics
-from fluxsae.analysis.attributes import (
-    Attributes,
-    attribute_values,
-    compare,
-    frequencies,
-    shared_attribute,
-)
-from fluxsae.analysis.coherence import Coherence
-from fluxsae.analysis.top_images import TopImages
 from fluxsae.files.json_files import read_json
 from fluxsae.records.features import Feature, read_features
-from tests.analysis.study import make_study, run
+from fluxsae.scoring.analyses.alive import AliveStatistics
+from fluxsae.scoring.analyses.attributes import Attributes, attribute_values, compare, frequencies, shared_attribute
+from fluxsae.scoring.analyses.coherence import Coherence
+from fluxsae.scoring.analyses.top_images import TopImages
 from tests.random_clip import random_clip
+from tests.scoring.study import make_study, run
 
 
 def test_shared_attribute() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxsae.analysis.clip import load_clip
-from fluxsae.analysis.coherence import Coherence, coherence, random_sets, share_out, table_columns
 from fluxsae.records.features import read_features
+from fluxsae.scoring.analyses.coherence import Coherence, coherence, random_sets, share_out, table_columns
+from fluxsae.scoring.clip import load_clip
 from fluxsae.shards.read import ShardSet
-from tests.analysis.study import make_study, run
 from tests.random_clip import random_clip
+from tests.scoring.study import make_study, run
 
 
 def test_hand_made() -> None:

@@ -8,19 +8,18 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from fluxsae.data import ActivationData, TokenBatch
-from fluxsae.files import read_csv, read_json, unknown_key
+from fluxsae.files import unknown_key
 from fluxsae.records import WHICH_IMAGES, CaptureSpec, GenerationSpec, differences
 from fluxsae.sae import PlainPooling, Pooled, Pooling, load_sae, pooling_of
 from fluxsae.shards import ShardSet
@@ -28,8 +27,6 @@ from fluxsae.shards import ShardSet
 _logger = logging.getLogger(__name__)
 
 MAY_DIFFER = ("site", "step", *(f.name for f in fields(GenerationSpec) if f.name not in ("model", *WHICH_IMAGES)))
-MATRIX, IMAGES, SUMMARY = "matrix.npy", "images.csv", "scores.json"
-IMAGE_COLUMNS = ("image", "prompt_id", "repetition", "seed", "prompt")
 
 
 class ImageScores(NamedTuple):
@@ -148,33 +145,3 @@ def all_shards(trainer: Trainer) -> ShardSet:
 def prompt_key(prompt: str) -> int:
     """A 63-bit number for a prompt's text, so that the unique-prompt rule needs no table of prompts."""
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") >> 1
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The score matrix of a capture as it lies on disk.
-
-    `matrix` is memory-mapped and read-only; row i belongs to row i of `images`, which has the columns
-    image, prompt_id, repetition, seed, prompt and one a prompt attribute, all as text.
-    """
-
-    folder: Path
-    matrix: Float[np.ndarray, "I F"]
-    images: list[dict[str, str]]
-    spec: CaptureSpec
-
-    @classmethod
-    def open(cls, folder: str | Path) -> Scores:
-        """FileNotFoundError when there are no finished scores, ValueError when the files do not belong together."""
-        folder = Path(folder)
-        if not (folder / SUMMARY).exists():
-            raise FileNotFoundError(f"there are no finished scores in {folder}; run the scores stage first.")
-        summary = read_json(folder / SUMMARY)
-        matrix = np.load(folder / MATRIX, mmap_mode="r")
-        images = read_csv(folder / IMAGES)
-        if matrix.shape != (len(images), summary["n_features"]):
-            raise ValueError(
-                f"{folder / MATRIX} has shape {matrix.shape}, expected {(len(images), summary['n_features'])} "
-                f"from {IMAGES} and {SUMMARY}; run the scores stage again."
-            )
-        return cls(folder, matrix, images, CaptureSpec.from_dict(summary["spec"]))

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluxsae.analysis.top_images import TopImages, TopList
 from fluxsae.records.features import read_features
-from tests.analysis.study import all_scores, make_study, run
+from fluxsae.scoring.analyses.top_images import TopImages, TopList
+from tests.scoring.study import all_scores, make_study, run
 
 
 def by_sorting(scores: list[float], prompts: list[int], n_images: int, unique: bool) -> list[int]:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fluxsae.files import remove_parts, write_json
 from fluxsae.records import Feature, read_features, read_prompts, update_features
-from fluxsae.scoring import all_shards
+from fluxsae.scoring.module import all_shards
 
 logger = logging.getLogger(__name__)
 

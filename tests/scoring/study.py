@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from fluxsae.data.activations import ActivationData
 from fluxsae.records.features import Selection
 from fluxsae.sae import SAE, TopK, save_sae
-from fluxsae.scoring import SAEScoring
+from fluxsae.scoring.module import SAEScoring
 from fluxsae.shards.read import ShardSet
 from tests.synthetic import image_shards, token_shards
 

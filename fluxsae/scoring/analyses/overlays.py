@@ -14,13 +14,13 @@ from lightning.pytorch import LightningModule, Trainer
 from matplotlib import colormaps
 from PIL import Image
 
-from fluxsae.analysis.coherence import check_images
-from fluxsae.analysis.maps import MAPS, FeatureMaps, MapFile, MapIndex, map_images
 from fluxsae.data import TokenBatch
 from fluxsae.files import read_csv, read_json, whole_file, write_csv, write_json
 from fluxsae.records import Selection, parse_site
 from fluxsae.runtime import OneRunOnly, SharedArray
-from fluxsae.scoring import SAEScoring, scored_shards
+from fluxsae.scoring.analyses.coherence import check_images
+from fluxsae.scoring.map_files import MAPS, FeatureMaps, MapFile, MapIndex, map_images
+from fluxsae.scoring.module import SAEScoring, scored_shards
 from fluxsae.shards import ShardSet
 
 Mode = Literal["smooth", "patch"]

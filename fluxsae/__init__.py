@@ -9,11 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fluxsae.analysis.steering_effects import SteeringEffects
-    from fluxsae.analysis.steering_grids import SteeringGrids
     from fluxsae.capture import FluxCapture, PromptData
     from fluxsae.data import ActivationData, TokenBatch
-    from fluxsae.models import Tape, generate, intervene, load_pipeline, record
+    from fluxsae.models import Tape, generate, load_pipeline, record
     from fluxsae.records import (
         CaptureSpec,
         Feature,
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
         TopImages,
     )
     from fluxsae.shards import ShardSet, describe_channels, verify
-    from fluxsae.steering import FluxSteering
+    from fluxsae.steering import FluxSteering, SteeringEffects, SteeringGrids, intervene
     from fluxsae.training import SAETraining, SweepTraining
 
 __version__ = "0.1.0"
@@ -53,13 +51,13 @@ _HOMES = {
     "fluxsae.scoring.analyses.coherence": ("Coherence",),
     "fluxsae.scoring.analyses.overlays": ("Overlays",),
     "fluxsae.scoring.analyses.scores_writer": ("ScoresWriter",),
-    "fluxsae.analysis.steering_effects": ("SteeringEffects",),
-    "fluxsae.analysis.steering_grids": ("SteeringGrids",),
+    "fluxsae.steering.effects": ("SteeringEffects",),
+    "fluxsae.steering.grids": ("SteeringGrids",),
     "fluxsae.scoring.analyses.top_images": ("TopImages",),
     "fluxsae.capture": ("FluxCapture", "PromptData"),
     "fluxsae.records.features": ("Feature", "Selection", "read_features", "update_features"),
     "fluxsae.models.generation": ("generate",),
-    "fluxsae.models.intervention": ("intervene",),
+    "fluxsae.steering.intervention": ("intervene",),
     "fluxsae.models.load": ("load_pipeline",),
     "fluxsae.models.recording": ("Tape", "record"),
     "fluxsae.records.prompts": ("Prompt", "read_prompts"),

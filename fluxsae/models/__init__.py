@@ -2,7 +2,6 @@
 
 from fluxsae.models.embeddings import EmbeddingCache, EmbeddingsAhead, PromptEmbeddings
 from fluxsae.models.generation import generate, pictures, time_shift
-from fluxsae.models.intervention import Schedule, intervene, random_twin
 from fluxsae.models.load import FluxPipeline, load_frame, load_pipeline, transformer_skeleton, weights_identity
 from fluxsae.models.placement import to_device
 from fluxsae.models.recording import Tape, TapeIsFull, record
@@ -14,16 +13,13 @@ __all__ = [
     "EmbeddingsAhead",
     "FluxPipeline",
     "PromptEmbeddings",
-    "Schedule",
     "Tape",
     "TapeIsFull",
     "find_module",
     "generate",
-    "intervene",
     "load_frame",
     "load_pipeline",
     "pictures",
-    "random_twin",
     "record",
     "time_shift",
     "to_device",

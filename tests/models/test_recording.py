@@ -11,11 +11,11 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from fluxsae.models.intervention import intervene
 from fluxsae.models.load import load_pipeline
 from fluxsae.models.recording import TapeIsFull, record
 from fluxsae.models.streams import find_module, read_stream, replace_stream, stream_order
 from fluxsae.records.spec import parse_site
+from fluxsae.steering.intervention import intervene
 
 N_TEXT, N_IMAGE, N_STEPS = 16, 12, 4
 CALL: dict[str, Any] = {

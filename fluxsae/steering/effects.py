@@ -24,7 +24,7 @@ from fluxsae.records import read_features
 from fluxsae.runtime import OneRunOnly, gather_objects
 from fluxsae.scoring import Clip, embed, load_clip
 from fluxsae.shards import ShardSet
-from fluxsae.steering import FluxSteering, Steered
+from fluxsae.steering.module import FluxSteering, Steered
 
 MEASURES = ("ssim_distance", "clip_distance", "clip_change", "activation", "activation_change")
 """The columns of numbers.

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fluxsae.files import whole_file, write_csv
 from fluxsae.records import shown
 from fluxsae.runtime import OneRunOnly, gather_objects
-from fluxsae.steering import FluxSteering, Steered, Variant
+from fluxsae.steering.module import FluxSteering, Steered, Variant
 
 GAP, TITLE, MARGIN = 6, 30, 38
 CAPTION, MIN_CELL = 190, 76

@@ -9,10 +9,10 @@ from diffusers import FluxPipeline
 from torch import Tensor
 
 from fluxsae.models.generation import generate
-from fluxsae.models.intervention import intervene, random_twin, schedule_weight
 from fluxsae.models.recording import record
 from fluxsae.sae.base import SAE
 from fluxsae.sae.kinds.topk import TopK
+from fluxsae.steering.intervention import intervene, random_twin, schedule_weight
 
 SITE = "transformer_blocks.1.ff"
 PROMPTS = ["a fox", "a red apple on the left", "a boat"]

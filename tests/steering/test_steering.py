@@ -10,14 +10,14 @@ import torch
 from diffusers import FluxPipeline
 from PIL import Image
 
-from fluxsae.analysis.steering_effects import ssim_distance, summarise
-from fluxsae.analysis.steering_grids import grid
 from fluxsae.capture.prompt_data import GenerationRequest, RequestBatch
 from fluxsae.models.load import weights_identity
 from fluxsae.records.spec import CaptureSpec, GenerationSpec, Grid
 from fluxsae.sae.checkpoint import save_sae
 from fluxsae.sae.kinds.topk import TopK
-from fluxsae.steering import FluxSteering, Variant, read_mask
+from fluxsae.steering.effects import ssim_distance, summarise
+from fluxsae.steering.grids import grid
+from fluxsae.steering.module import FluxSteering, Variant, read_mask
 
 REQUESTS = [GenerationRequest(i, i, 0, 100 + i, f"a fox {i}") for i in range(2)]
 

@@ -22,12 +22,9 @@ from fluxsae.models import (
     EmbeddingCache,
     FluxPipeline,
     PromptEmbeddings,
-    Schedule,
     find_module,
     generate,
-    intervene,
     load_pipeline,
-    random_twin,
     record,
     transformer_skeleton,
     weights_identity,
@@ -35,6 +32,7 @@ from fluxsae.models import (
 from fluxsae.records import CaptureSpec, Feature, Grid, Selection, check_step, parse_site
 from fluxsae.sae import SAE, load_sae
 from fluxsae.shards import ShardSet
+from fluxsae.steering.intervention import Schedule, intervene, random_twin
 
 Mode = Literal["add", "scale", "clamp"]
 Kind = Literal["baseline", "feature", "random"]

@@ -42,37 +42,43 @@ if TYPE_CHECKING:
     from fluxsae.steering import FluxSteering, SteeringEffects, SteeringGrids, intervene
     from fluxsae.training import SAETraining, SweepTraining
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_HOMES = {
-    "fluxsae.data.activations": ("ActivationData", "TokenBatch"),
-    "fluxsae.scoring.analyses.alive": ("AliveStatistics",),
-    "fluxsae.scoring.analyses.attributes": ("Attributes",),
-    "fluxsae.scoring.analyses.coherence": ("Coherence",),
-    "fluxsae.scoring.analyses.overlays": ("Overlays",),
-    "fluxsae.scoring.analyses.scores_writer": ("ScoresWriter",),
-    "fluxsae.steering.effects": ("SteeringEffects",),
-    "fluxsae.steering.grids": ("SteeringGrids",),
-    "fluxsae.scoring.analyses.top_images": ("TopImages",),
-    "fluxsae.capture": ("FluxCapture", "PromptData"),
-    "fluxsae.records.features": ("Feature", "Selection", "read_features", "update_features"),
-    "fluxsae.models.generation": ("generate",),
-    "fluxsae.steering.intervention": ("intervene",),
-    "fluxsae.models.load": ("load_pipeline",),
-    "fluxsae.models.recording": ("Tape", "record"),
-    "fluxsae.records.prompts": ("Prompt", "read_prompts"),
-    "fluxsae.runtime": ("LastCheckpoint", "OneAllReduce"),
-    "fluxsae.sae": ("L1", "SAE", "BatchTopK", "JumpReLU", "TopK", "load_sae", "save_sae"),
-    "fluxsae.scoring": ("ImageScores", "SAEScoring", "Scores"),
-    "fluxsae.shards.channels": ("describe_channels",),
-    "fluxsae.shards.read": ("ShardSet",),
-    "fluxsae.shards.verification": ("verify",),
-    "fluxsae.records.spec": ("CaptureSpec", "GenerationSpec", "Site", "parse_site", "token_grid"),
-    "fluxsae.steering": ("FluxSteering",),
-    "fluxsae.training.sweep": ("SweepTraining",),
-    "fluxsae.training": ("SAETraining",),
+_ROOMS = {
+    "capture": ("FluxCapture", "PromptData"),
+    "data": ("ActivationData", "TokenBatch"),
+    "models": ("Tape", "generate", "load_pipeline", "record"),
+    "records": (
+        "CaptureSpec",
+        "Feature",
+        "GenerationSpec",
+        "Prompt",
+        "Selection",
+        "Site",
+        "parse_site",
+        "read_features",
+        "read_prompts",
+        "token_grid",
+        "update_features",
+    ),
+    "runtime": ("LastCheckpoint", "OneAllReduce"),
+    "sae": ("L1", "SAE", "BatchTopK", "JumpReLU", "TopK", "load_sae", "save_sae"),
+    "scoring": (
+        "AliveStatistics",
+        "Attributes",
+        "Coherence",
+        "ImageScores",
+        "Overlays",
+        "SAEScoring",
+        "Scores",
+        "ScoresWriter",
+        "TopImages",
+    ),
+    "shards": ("ShardSet", "describe_channels", "verify"),
+    "steering": ("FluxSteering", "SteeringEffects", "SteeringGrids", "intervene"),
+    "training": ("SAETraining", "SweepTraining"),
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_ROOM = {name: room for room, names in _ROOMS.items() for name in names}
 
 __all__ = [
     "L1",
@@ -125,12 +131,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _ROOM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(f"{__name__}.{_ROOM[name]}"), name)
     globals()[name] = value  # the next access does not come here
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_ROOM})

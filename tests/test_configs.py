@@ -16,7 +16,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 
-from fluxsae.cli import main
+from fluxsae.cli.command import main
+from fluxsae.cli.figures import read_figures
+from fluxsae.cli.trainer import TrainerCLI
 from fluxsae.data.activations import ActivationData
 from fluxsae.files.json_files import read_json
 from fluxsae.files.tables import read_csv
@@ -25,9 +27,7 @@ from fluxsae.records.features import Selection, read_features
 from fluxsae.records.prompts import read_prompts
 from fluxsae.sae import TopK
 from fluxsae.sae.checkpoint import load_sae
-from fluxsae.study import read_study
-from fluxsae.study_figures import read_figures
-from fluxsae.trainer_cli import TrainerCLI
+from fluxsae.study.plan import read_study
 from fluxsae.training.module import SAETraining
 from tests.random_flux import random_flux
 from tests.synthetic import token_shards

@@ -23,7 +23,7 @@ import yaml
 from benchmarks.full_size import scores
 from benchmarks.full_size.capture import CONFIG, Bench, Result, cases, compare
 from benchmarks.full_size.model import FULL, TINY
-from fluxsae.cli import main as fluxsae_main
+from fluxsae.cli.command import main as fluxsae_main
 from fluxsae.files.json_files import read_json, write_json
 from fluxsae.scoring.map_files import MapFile
 from fluxsae.shards.read import ShardSet

@@ -30,7 +30,7 @@ from torch import nn
 import fluxsae.capture.module
 from benchmarks.full_size.model import FULL, TINY, Size, random_pipeline, write_frame
 from benchmarks.full_size.processes import run_together
-from fluxsae.cli import main as fluxsae_main
+from fluxsae.cli.command import main as fluxsae_main
 from fluxsae.files.json_files import read_json, write_json
 from fluxsae.records.prompts import read_prompts
 from fluxsae.shards.read import ShardSet

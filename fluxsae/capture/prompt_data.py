@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import NamedTuple
 
 from lightning import LightningDataModule
 
+from fluxsae.files import derived_seed
 from fluxsae.records import Prompt, read_prompts
 
 
@@ -37,7 +37,7 @@ def image_seed(base_seed: int, image: int) -> int:
 
     So seeds of neighbouring images, and of neighbouring base seeds, have nothing to do with one another.
     """
-    return int.from_bytes(hashlib.sha256(f"{base_seed}:{image}".encode()).digest()[:8], "big") >> 1
+    return derived_seed(base_seed, image)
 
 
 class Requests:

@@ -2,6 +2,7 @@
 
 from fluxsae.files.folder_lock import FolderInUseError, FolderLock
 from fluxsae.files.json_files import hash_json, read_json, sealed, unsealed, write_json
+from fluxsae.files.seeds import derived_seed
 from fluxsae.files.suggestions import unknown_key
 from fluxsae.files.tables import read_columns, read_csv, write_columns, write_csv
 from fluxsae.files.whole import naming, put_in_place, remove_parts, sha256_file, whole_file, write_text
@@ -10,6 +11,7 @@ from fluxsae.files.yaml_files import read_yaml
 __all__ = [
     "FolderInUseError",
     "FolderLock",
+    "derived_seed",
     "hash_json",
     "naming",
     "put_in_place",

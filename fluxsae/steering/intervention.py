@@ -12,14 +12,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers import FluxPipeline
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fluxsae.models.compiled import Uncompiled
-from fluxsae.models.steps import StepCounter, count_steps
-from fluxsae.models.streams import find_module, read_stream, replace_stream
+from fluxsae.files import derived_seed
+from fluxsae.models import FluxPipeline, StepCounter, Uncompiled, count_steps, find_module, read_stream, replace_stream
 from fluxsae.records import Site, check_step, parse_site
 from fluxsae.sae import SAE
 
@@ -111,7 +109,7 @@ def random_twin(sae: SAE, features: Sequence[int], seed: int) -> SAE:
     """
     twin = copy.deepcopy(sae)
     for feature in features:
-        generator = torch.Generator().manual_seed(hash((seed, feature)) & (2**63 - 1))
+        generator = torch.Generator().manual_seed(derived_seed(seed, feature))
         drawn = normalize(torch.randn(sae.d_in, generator=generator), dim=0).to(sae.W_dec)
         with torch.no_grad():
             twin.W_dec[feature] = drawn * sae.W_dec[feature].norm()

@@ -11,7 +11,7 @@ import pytest
 
 from fluxsae.capture.folder import check_space, token_bytes
 from fluxsae.capture.progress import CaptureProgress, ProgressLog
-from fluxsae.trainer_cli import TrainerCLI
+from fluxsae.cli.trainer import TrainerCLI
 
 FLUX_DEV = Path(__file__).parents[2] / "configs" / "flux-dev"
 

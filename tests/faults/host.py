@@ -14,12 +14,12 @@ import lightning.pytorch.callbacks
 import torch
 
 import fluxsae.capture.module
+import fluxsae.cli.trainer
 import fluxsae.models.generation
 import fluxsae.scoring.module
-import fluxsae.trainer_cli
-from fluxsae.cli import main
+from fluxsae.cli.command import main
 
-PRELOADED = (lightning.pytorch.callbacks, fluxsae.capture, fluxsae.scoring, fluxsae.trainer_cli)
+PRELOADED = (lightning.pytorch.callbacks, fluxsae.capture, fluxsae.scoring, fluxsae.cli.trainer)
 
 
 def serve() -> None:

@@ -15,10 +15,10 @@ import torch
 import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from fluxsae.cli.trainer import TrainerCLI
 from fluxsae.data.activations import ActivationData
 from fluxsae.runtime.distributed import OneAllReduce
 from fluxsae.sae.checkpoint import load_sae, read_config
-from fluxsae.trainer_cli import TrainerCLI
 from tests.several import BATCH, D_IN, N_FEATURES, SlicedData, fit
 from tests.synthetic import token_shards
 

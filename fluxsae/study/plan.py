@@ -1,25 +1,20 @@
-"""A whole study: its stages in order, each skipped when it is complete and nothing that it depends on has changed."""
+"""What a study is, and what is to be done about each of its stages.
+
+A stage's key is a hash of all that its result depends on; a stage that is complete under the same key is skipped.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import gc
 import hashlib
-import os
-import shutil
-import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
-from uuid import uuid4
 
-from fluxsae.files import FolderLock, hash_json, read_json, read_yaml, unknown_key, write_json
+from fluxsae.files import hash_json, read_json, read_yaml, unknown_key
 
 Command = Literal["fit", "validate", "predict", "test", "figures"]
 RECORD = "study.json"
-REPLACED = "replaced"
 ENDS = 1 << 20
 """Bytes hashed at either end of an input file of more than twice as many."""
 
@@ -79,7 +74,7 @@ class Step(NamedTuple):
 
 def read_study(path: Path) -> Study:
     """The study that a YAML file describes. FileNotFoundError and ValueError, in a sentence, when it describes none."""
-    values = _read_mapping(path)
+    values = read_mapping(path)
     _check_keys(values, ("folder", "stages"), path, required=("folder", "stages"))
     stages = []
     for entry in values["stages"]:
@@ -101,70 +96,6 @@ def read_study(path: Path) -> Study:
     return Study(Path(values["folder"]), tuple(stages))
 
 
-def run_study(config: Path, force: Collection[str] = (), until: str | None = None) -> None:
-    """Bring the study in `config` up to date, telling how it goes, and end by telling what it found.
-
-    `force` names stages to redo with what needs them, or `all`. What a stage left under another configuration is moved
-    to `replaced/` in the study's folder, one generation of it; a stage that was interrupted goes on where it stopped.
-    """
-    study = read_study(config)
-    for name in (*force, *([until] if until else [])):
-        if name != "all" and name not in study.names:
-            near = difflib.get_close_matches(name, study.names, n=1)
-            raise ValueError(
-                f"this study has no stage {name!r}; "
-                + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(study.names)}.")
-            )
-    for stage in study.stages:  # a wrong path in the last stage should not cost the time of the first
-        _read_mapping(stage.config)
-    with _locked(study.folder):
-        _run_stages(study, force, until)
-
-
-def _free_memory() -> None:
-    """The next stage wants what this one had, on the host and on a GPU."""
-    import torch  # which takes seconds the first time: `fluxsae --help` need not wait for it
-
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-
-
-def _run_stages(study: Study, force: Collection[str], until: str | None) -> None:
-    started = time.monotonic()
-    stages = study.stages[: study.names.index(until) + 1] if until else study.stages
-    n_run = 0
-    for number, step in enumerate(plan(study, force), start=1):
-        label = f"[{number}/{len(stages)}] {step.stage.name}"
-        if not step.reason:
-            _say(f"{label:<22} complete and unchanged, skipped")
-        else:
-            _say(f"{label:<22} {step.stage.command} -c {step.stage.config}  ({step.reason})")
-            seconds = _run(study, step, forced=bool({step.stage.name, "all"} & set(force)))
-            _free_memory()
-            _say(f"{'':<22} done in {_duration(seconds)}")
-            n_run += 1
-        if step.stage.name == until:
-            break
-    _say(f"\n{n_run} of {len(stages)} stages run in {_duration(time.monotonic() - started)}.")
-    from fluxsae.study_report import report
-
-    for line in report(study.folder):
-        _say(line)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    if not _is_first_process():
-        yield
-        return
-    lock = FolderLock(folder)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def plan(study: Study, force: Collection[str] = ()) -> Iterator[Step]:
     """What to do about each stage, told when its turn comes: a stage that has just run counts as complete."""
     keys: dict[str, str] = {}
@@ -179,19 +110,18 @@ def stage_key(stage: Stage, upstream: list[str], folder: Path) -> str:
 
     Inputs are the config's values that name a file or a model folder outside of the study's own folder.
     """
-    config = _read_mapping(stage.config)
+    config = read_mapping(stage.config)
     inputs = {str(path): content_hash(path) for path in sorted(set(_inputs(config, folder)))}
     return hash_json({"command": stage.command, "config": config, "inputs": inputs, "upstream": upstream})
 
 
 def _reason(study: Study, stage: Stage, key: str, force: Collection[str]) -> str:
-    recorded = _recorded(study.folder)
-    before = recorded.get(stage.name)
+    before = recorded(study.folder).get(stage.name)
     if stage.name in force or "all" in force:
         return "forced"
     if before is None:
         return "not run yet"
-    anew = [name for name, run in _runs(study, stage).items() if before["upstream"].get(name) != run]
+    anew = [name for name, run in runs_of(study, stage).items() if before["upstream"].get(name) != run]
     if anew:
         return f"{', '.join(anew)} ran anew"
     if before["key"] != key:
@@ -202,59 +132,13 @@ def _reason(study: Study, stage: Stage, key: str, force: Collection[str]) -> str
     return f"{absent[0]} is missing" if absent else ""
 
 
-def _runs(study: Study, stage: Stage) -> dict[str, str]:
+def runs_of(study: Study, stage: Stage) -> dict[str, str]:
     """Which run of each stage that `stage` needs is the latest; keys alone do not tell a stage that was forced."""
-    recorded = _recorded(study.folder)
-    return {name: recorded.get(name, {}).get("run", "") for name in study.needs(stage)}
+    runs = recorded(study.folder)
+    return {name: runs.get(name, {}).get("run", "") for name in study.needs(stage)}
 
 
-def _run(study: Study, step: Step, forced: bool) -> float:
-    """Run a stage and record it; the seconds that it took."""
-    from fluxsae import cli
-
-    before = _recorded(study.folder).get(step.stage.name)
-    values = {"key": step.key, "status": "started", "run": uuid4().hex, "upstream": _runs(study, step.stage)}
-    same = before is not None and (before["key"], before["upstream"]) == (step.key, values["upstream"])
-    resumes = same and before is not None and before["status"] == "started" and not forced
-    if before is not None and not resumes:
-        _move_aside(study, step.stage)
-    _record(study.folder, step.stage.name, values)
-    started = time.monotonic()
-    if step.stage.command == "figures":
-        from fluxsae.study_figures import draw_figures
-
-        draw_figures(step.stage.config)
-    else:
-        # Captures go on by themselves; a training does from its last checkpoint, where it has kept one.
-        resume = ["--ckpt_path", "last"] if resumes and step.stage.command == "fit" else []
-        cli.run_stage(step.stage.command, ["-c", str(step.stage.config), *resume])
-    seconds = time.monotonic() - started
-    absent = [str(output) for output in step.stage.outputs if not output.exists()]
-    if absent:
-        raise ValueError(
-            f"stage {step.stage.name!r} ended without leaving {absent[0]}; "
-            "make its config and the study's outputs agree."
-        )
-    told = {"status": "complete", "seconds": round(seconds, 1), "config": str(step.stage.config)}
-    _record(study.folder, step.stage.name, {**values, **told})
-    return seconds
-
-
-def _move_aside(study: Study, stage: Stage) -> None:
-    """A capture may have taken days, so nothing is deleted that the last run left; what was moved before it is."""
-    if not _is_first_process():
-        return
-    for output in stage.outputs:
-        if output.exists():
-            target = study.folder / REPLACED / output.relative_to(study.folder)
-            if target.is_dir():
-                shutil.rmtree(target)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            output.rename(target)
-            _say(f"{'':<22} moved the earlier {output} to {target}")
-
-
-def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / RECORD
     if not path.exists():
         return {}
@@ -266,12 +150,7 @@ def _recorded(folder: Path) -> dict[str, dict[str, Any]]:
     return values
 
 
-def _record(folder: Path, stage: str, values: dict[str, Any]) -> None:
-    if _is_first_process():
-        write_json(folder / RECORD, {**_recorded(folder), stage: values})
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no keys; expected a YAML mapping.")
@@ -320,18 +199,3 @@ def content_hash(path: Path) -> str:
                 handle.seek(max(ENDS, size - ENDS))
                 digest.update(handle.read(ENDS))
     return digest.hexdigest()
-
-
-def _is_first_process() -> bool:
-    """False in the further processes that a Trainer's strategy starts, which run this same command."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
-
-
-def _say(text: str) -> None:
-    if _is_first_process():
-        print(text, flush=True)
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -17,8 +17,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from fluxsae.cli.config_errors import explain, is_report
 from fluxsae.data import Throughput
-from fluxsae.explain import explain, is_report
 from fluxsae.files import read_yaml, remove_parts, unknown_key, whole_file, write_text
 from fluxsae.records import WHICH_IMAGES, differences
 from fluxsae.runtime import StopsWhereItCanGoOn

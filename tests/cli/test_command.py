@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from fluxsae.cli import main
-from fluxsae.explain import explain, innermost
+from fluxsae.cli.command import main
+from fluxsae.cli.config_errors import explain, innermost
 from fluxsae.models.load import load_pipeline
 from tests.random_flux import random_flux
 
@@ -101,7 +101,7 @@ def test_a_mistake_in_a_config_is_one_sentence(
         ("figures -c nowhere.yaml", "there is no config file nowhere.yaml"),
         ("fit", "nothing says what 'model' is"),
         ("verify nowhere", "there is no folder nowhere"),
-        ("verify tests", "tests holds no shard set"),
+        ("verify docs", "docs holds no shard set"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(
@@ -201,7 +201,7 @@ def test_the_help_needs_no_torch_and_names_every_command() -> None:
 def test_every_exported_name_is_there() -> None:
     import fluxsae
 
-    assert set(fluxsae.__all__) == set(fluxsae._HOME)
+    assert set(fluxsae.__all__) == set(fluxsae._ROOM)
     for name in fluxsae.__all__:
         assert getattr(fluxsae, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

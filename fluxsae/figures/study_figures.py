@@ -1,14 +1,10 @@
-"""All figures of a study, from one config file."""
+"""All figures of a study: which to draw, and drawing them."""
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
-from fluxsae.explain import explain
 from fluxsae.figures.compare_sites import both_sites, compare_sites
 from fluxsae.figures.contact_sheet import Layout, contact_sheet, sheet_rows
 from fluxsae.figures.decoder import decoder
@@ -20,7 +16,7 @@ from fluxsae.scoring import Scores
 
 
 @dataclass(frozen=True)
-class Site:
+class ComparedSite:
     """A site to compare: its scores, and which of its features."""
 
     scores: Path
@@ -51,31 +47,15 @@ class Figures:
     title: str = ""
     sae: Path | None = None
     runs: dict[str, Path] = field(default_factory=dict)
-    sites: list[Site] = field(default_factory=list)
+    sites: list[ComparedSite] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len(self.sites) not in (0, 2):
             raise ValueError(f"{len(self.sites)} sites are named to be compared; name two, or none.")
 
 
-def read_figures(config: Path) -> Figures:
-    """The figures that a YAML file asks for. FileNotFoundError and argparse.ArgumentError, in a sentence."""
-    if not config.is_file():
-        raise FileNotFoundError(f"there is no config file {config}: name one, such as configs/tiny/figures.yaml.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Figures, "figures")
-    # One key above all others, because a dataclass is made from a group of arguments and not from a whole parser.
-    try:
-        text = "figures:\n" + "".join(f"  {line}\n" for line in config.read_text(encoding="utf-8").splitlines())
-        return parser.instantiate(parser.parse_string(text)).figures
-    except argparse.ArgumentError as error:
-        known = {"": list(Figures.__dataclass_fields__), "select": list(Selection.__dataclass_fields__)}
-        raise argparse.ArgumentError(None, explain(str(error).replace("figures.", ""), known)) from error
-
-
-def draw_figures(config: Path) -> list[Path]:
-    """Draw what the config asks for; the paths of the pictures."""
-    figures = read_figures(config)
+def draw_figures(figures: Figures) -> list[Path]:
+    """Draw what is asked for; the paths of the pictures."""
     drawn: list[Path] = []
 
     def place(name: str) -> Path:

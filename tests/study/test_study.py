@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fluxsae import cli
 from fluxsae.files.json_files import read_json, write_json
-from fluxsae.study import RECORD, content_hash, plan, read_study, run_study
+from fluxsae.study.plan import RECORD, content_hash, plan, read_study
+from fluxsae.study.run import run_study
 
 
 class Runs(list[str]):
@@ -18,8 +18,7 @@ class Runs(list[str]):
 
     fail: str = ""
 
-    def __call__(self, verb: str, arguments: Sequence[str]) -> None:
-        path = Path(arguments[1])
+    def __call__(self, command: str, path: Path, more: Sequence[str]) -> None:
         self.append(path.stem)
         if path.stem == self.fail:
             raise KeyboardInterrupt
@@ -29,10 +28,8 @@ class Runs(list[str]):
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    runs = Runs()
-    monkeypatch.setattr(cli, "run_stage", runs)
-    return runs
+def runs() -> Runs:
+    return Runs()
 
 
 @pytest.fixture
@@ -63,50 +60,50 @@ def change(path: Path) -> None:
 
 
 def test_all_run_in_order_and_then_none(study: Path, runs: Runs) -> None:
-    run_study(study)
+    run_study(study, runs)
     assert runs == ["capture", "a", "b", "c"]
-    run_study(study)
+    run_study(study, runs)
     assert len(runs) == 4
 
 
 def test_a_changed_config_redoes_its_stage_and_what_needs_it(study: Path, runs: Runs) -> None:
-    run_study(study)
+    run_study(study, runs)
     runs.clear()
     change(study.with_name("a.yaml"))
-    run_study(study)
+    run_study(study, runs)
     assert runs == ["a", "c"]
 
 
 def test_a_comment_changes_nothing(study: Path, runs: Runs) -> None:
-    run_study(study)
+    run_study(study, runs)
     runs.clear()
     path = study.with_name("a.yaml")
     path.write_text("# a remark\n" + path.read_text())
-    run_study(study)
+    run_study(study, runs)
     assert runs == []
 
 
 def test_a_changed_input_file_redoes_all(study: Path, runs: Runs) -> None:
-    run_study(study)
+    run_study(study, runs)
     runs.clear()
     study.with_name("prompts.txt").write_text("a cat\n")
-    run_study(study)
+    run_study(study, runs)
     assert runs == ["capture", "a", "b", "c"]
 
 
 def test_a_missing_output_is_made_again(study: Path, runs: Runs) -> None:
-    run_study(study)
+    run_study(study, runs)
     runs.clear()
     (study.parent / "run" / "b").unlink()
-    run_study(study)
+    run_study(study, runs)
     assert runs == ["b"]
 
 
 @pytest.mark.parametrize(("name", "expected"), [("a", ["a", "c"]), ("c", ["c"]), ("all", ["capture", "a", "b", "c"])])
 def test_force_redoes_a_stage_and_what_needs_it(study: Path, runs: Runs, name: str, expected: list[str]) -> None:
-    run_study(study)
+    run_study(study, runs)
     runs.clear()
-    run_study(study, force=[name])
+    run_study(study, runs, force=[name])
     assert runs == expected
 
 
@@ -114,36 +111,36 @@ def test_an_interrupted_stage_goes_on_with_what_it_left(study: Path, runs: Runs)
     part = study.parent / "run" / "a"
     runs.fail = "a"
     with pytest.raises(KeyboardInterrupt):
-        run_study(study)
+        run_study(study, runs)
     part.write_text("half")
     runs.fail = ""
     runs.clear()
-    run_study(study)
+    run_study(study, runs)
     assert runs == ["a", "b", "c"]
     assert not (study.parent / "run" / "replaced").exists()
 
 
 def test_what_a_changed_stage_left_is_moved_aside(study: Path, runs: Runs) -> None:
-    run_study(study)
+    run_study(study, runs)
     (study.parent / "run" / "a").write_text("days of work")
     change(study.with_name("a.yaml"))
-    run_study(study)
+    run_study(study, runs)
     assert (study.parent / "run" / "replaced" / "a").read_text() == "days of work"
     assert (study.parent / "run" / "a").read_text() == "a"
 
 
 def test_what_needs_a_forced_stage_is_redone_later_too(study: Path, runs: Runs) -> None:
-    run_study(study)
-    run_study(study, force=["a"], until="a")
+    run_study(study, runs)
+    run_study(study, runs, force=["a"], until="a")
     runs.clear()
-    run_study(study)
+    run_study(study, runs)
     assert runs == ["c"]
-    run_study(study)
+    run_study(study, runs)
     assert runs == ["c"]
 
 
 def test_until_stops_after_a_stage(study: Path, runs: Runs) -> None:
-    run_study(study, until="a")
+    run_study(study, runs, until="a")
     assert runs == ["capture", "a"]
 
 
@@ -152,13 +149,13 @@ def test_a_stage_that_leaves_nothing_is_not_complete(study: Path, runs: Runs) ->
     values["stages"][0]["outputs"].append(str(study.parent / "run" / "nothing"))
     study.write_text(yaml.safe_dump(values))
     with pytest.raises(ValueError, match="'capture' ended without leaving"):
-        run_study(study)
+        run_study(study, runs)
     assert read_json(study.parent / "run" / RECORD)["capture"]["status"] == "started"
 
 
 def test_the_plan_gives_reasons(study: Path, runs: Runs) -> None:
     assert {step.reason for step in plan(read_study(study))} == {"not run yet"}
-    run_study(study)
+    run_study(study, runs)
     assert {step.reason for step in plan(read_study(study))} == {""}
     assert [step.reason for step in plan(read_study(study), ["b"])] == ["", "", "forced", ""]
 
@@ -169,7 +166,7 @@ def test_what_is_no_study_is_refused(study: Path, runs: Runs) -> None:
     def refused(said: str, **changes: object) -> None:
         study.write_text(yaml.safe_dump({**good, "stages": [{**good["stages"][0], **changes}]}))
         with pytest.raises(ValueError, match=said):
-            run_study(study)
+            run_study(study, runs)
 
     refused("did you mean 'config'", confg="x")
     refused("did you mean 'predict'", command="predit")
@@ -177,17 +174,17 @@ def test_what_is_no_study_is_refused(study: Path, runs: Runs) -> None:
     refused("not in the study's folder", outputs=["elsewhere/out"])
     study.write_text(yaml.safe_dump({"stages": good["stages"]}))
     with pytest.raises(ValueError, match="lacks the key 'folder'"):
-        run_study(study)
+        run_study(study, runs)
     study.write_text(yaml.safe_dump(good))
     with pytest.raises(ValueError, match="no stage 'captur'; did you mean 'capture'"):
-        run_study(study, force=["captur"])
+        run_study(study, runs, force=["captur"])
     assert runs == []
 
 
 def test_a_damaged_record_is_named(study: Path, runs: Runs) -> None:
     write_json(study.parent / "run" / RECORD, [1])
     with pytest.raises(ValueError, match=r"study\.json is not a study's record"):
-        run_study(study)
+        run_study(study, runs)
 
 
 def test_a_model_card_changes_nothing(tmp_path: Path) -> None:

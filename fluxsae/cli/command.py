@@ -53,10 +53,20 @@ def run_stage(verb: str, arguments: Sequence[str]) -> None:
 
     Nothing keeps what it had in memory, which is free once it has been collected.
     """
-    from fluxsae.trainer_cli import TrainerCLI  # Lightning takes seconds to import, which `--help` need not wait for
+    from fluxsae.cli.trainer import TrainerCLI  # Lightning takes seconds to import, which `--help` need not wait for
 
     _quieten()  # after the import, which sets its loggers' levels
     vars(TrainerCLI.start(verb, arguments)).clear()  # jsonargparse holds on to it until another one is parsed
+
+
+def _run_stage_of_study(command: str, config: Path, more: Sequence[str] = ()) -> None:
+    if command == "figures":
+        from fluxsae.cli.figures import read_figures
+        from fluxsae.figures import draw_figures
+
+        draw_figures(read_figures(config))
+    else:
+        run_stage(command, ["-c", str(config), *more])
 
 
 def _run(arguments: list[str]) -> int:
@@ -67,12 +77,13 @@ def _run(arguments: list[str]) -> int:
     if options.command == "study":
         from fluxsae.study import run_study
 
-        run = partial(run_study, options.config, force=options.force or (), until=options.until)
+        run = partial(run_study, options.config, _run_stage_of_study, force=options.force or (), until=options.until)
         return _run_interruptible(run, arguments)
     if options.command == "figures":
-        from fluxsae.study_figures import draw_figures
+        from fluxsae.cli.figures import read_figures
+        from fluxsae.figures import draw_figures
 
-        for path in draw_figures(options.config):
+        for path in draw_figures(read_figures(options.config)):
             print(path)
         return 0
     return _verify(options.folder)

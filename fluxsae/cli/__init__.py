@@ -1,0 +1,5 @@
+"""The `fluxsae` command."""
+
+from fluxsae.cli.command import main
+
+__all__ = ["main"]

@@ -186,7 +186,7 @@ def training(case: Case, folder: Path) -> SAETraining:
     n_dead = round(case.dead * case.n_features)
     with torch.no_grad():
         module.sae.b_enc[:n_dead] = -1e4  # they never fire, whatever AuxK does for them
-    module.since_fired[:n_dead] = 2 * never
+    module.dead_features.since_fired[:n_dead] = 2 * never
     return module
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         update_features,
     )
     from fluxsae.runtime import LastCheckpoint, OneAllReduce
-    from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK, load_sae, save_sae
+    from fluxsae.sae import L1, SAE, BatchTopK, Gated, JumpReLU, TopK, load_sae, save_sae
     from fluxsae.scoring import (
         AliveStatistics,
         Attributes,
@@ -62,7 +62,7 @@ _ROOMS = {
         "update_features",
     ),
     "runtime": ("LastCheckpoint", "OneAllReduce"),
-    "sae": ("L1", "SAE", "BatchTopK", "JumpReLU", "TopK", "load_sae", "save_sae"),
+    "sae": ("L1", "SAE", "BatchTopK", "Gated", "JumpReLU", "TopK", "load_sae", "save_sae"),
     "scoring": (
         "AliveStatistics",
         "Attributes",
@@ -92,6 +92,7 @@ __all__ = [
     "Feature",
     "FluxCapture",
     "FluxSteering",
+    "Gated",
     "GenerationSpec",
     "ImageScores",
     "JumpReLU",

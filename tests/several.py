@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-import fluxsae.training.module
 from fluxsae.runtime.distributed import OneAllReduce, Processes
 from fluxsae.runtime.interrupts import LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import L1, SAE, TopK
 from fluxsae.sae.kinds.jumprelu import JumpReLU
 from fluxsae.training.module import SAETraining
+from fluxsae.training.steps import choice
 from fluxsae.training.steps.fused.settings import Settings
 from tests.synthetic import dictionary, draw
 
@@ -129,8 +129,10 @@ def fit(
             sae.b_enc[:NEVER_FIRE] = -0.5  # which AuxK can lift: in eight steps it moves their rows by 0.01
     if fused:
         training["fused"] = True
-        fluxsae.training.why_not_fused = lambda *_: None  # type: ignore[attr-defined]
-        fluxsae.training.Settings = partial(Settings, dtype=dtype)  # type: ignore[attr-defined]
+        choice.why_not_fused = lambda *_: None
+        Settings.of = staticmethod(  # type: ignore[method-assign]
+            lambda objective, betas, fp8_encoder: Settings(**asdict(objective), betas=betas, dtype=dtype)
+        )
     last = LastCheckpoint(folder, minutes=0.0, every_n_steps=12)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = Trainer(

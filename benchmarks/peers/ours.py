@@ -55,7 +55,7 @@ class Ours(Library):
     @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "N D"]) -> Reconstruction:
         if self.training is not None:
-            self.training.settle()
+            self.training.synchronize_weights()
         codes = self.sae.encode(x)
         return Reconstruction(codes, self.sae.decode(codes))
 
@@ -71,6 +71,6 @@ def recipe(task: Task) -> dict[str, Any]:
         "decay_fraction": 0.6,
         "betas": (0.9, 0.99),
         "aux_k": 0,
-        "revive": 0.0 if task.plain else 0.005,
+        "dead_bias_increment": 0.0 if task.plain else 0.005,
         "dead_after": task.dead_after or task.batch_size,
     }

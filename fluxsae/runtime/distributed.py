@@ -41,11 +41,11 @@ class Processes(NamedTuple):
             group = trainer.strategy.device_mesh["data_parallel"].get_group()
         return cls(share["rank"], share["num_replicas"], group)
 
-    def total(self, sums: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    def all_reduce(self, sums: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The sum over processes."""
         return self._reduce(sums, dist.ReduceOp.SUM)
 
-    def add_up(self, sums: Shaped[Tensor, "*shape"]) -> dist.Work:
+    def all_reduce_async(self, sums: Shaped[Tensor, "*shape"]) -> dist.Work:
         """Begin to add up over processes, in place, beside what the device is asked to do next; `wait` for the end."""
         work = dist.all_reduce(sums, group=self.group, async_op=True)
         assert work is not None
@@ -61,13 +61,13 @@ class Processes(NamedTuple):
         each = n_rows // self.n
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def add_up_share(self, sums: Shaped[Tensor, "N *D"], share: Shaped[Tensor, "M *D"]) -> dist.Work:
-        """Begin to add up over processes, as `add_up` does, what is this process's share of the rows, in `share`."""
+    def reduce_scatter_async(self, sums: Shaped[Tensor, "N *D"], share: Shaped[Tensor, "M *D"]) -> dist.Work:
+        """Begin to add up over processes what is this process's share of the rows, in `share`; `wait` for the end."""
         work = dist.reduce_scatter_tensor(share, sums, group=self.group, async_op=True)
         assert work is not None
         return work
 
-    def spread(self, rows: Shaped[Tensor, "N *D"]) -> dist.Work:
+    def all_gather_(self, rows: Shaped[Tensor, "N *D"]) -> dist.Work:
         """Begin to give each process's `share` of the rows to all others, in place; `wait` for the end."""
         given = rows.view(torch.uint8) if rows.dtype.itemsize == 1 else rows  # not all know how to send fp8
         work = dist.all_gather_into_tensor(given, given[self.share(len(rows))], group=self.group, async_op=True)
@@ -82,7 +82,9 @@ class Processes(NamedTuple):
         """The rows of all processes, which may bring different numbers of them, in the order of the processes."""
         if self.n == 1:
             return rows
-        lengths = self.total(torch.eye(self.n, dtype=torch.int64, device=rows.device)[self.rank] * len(rows)).tolist()
+        lengths = self.all_reduce(
+            torch.eye(self.n, dtype=torch.int64, device=rows.device)[self.rank] * len(rows)
+        ).tolist()
         padded = rows.new_zeros(max(lengths), rows.shape[1])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in lengths]

@@ -22,11 +22,35 @@ from fluxsae.records import CaptureSpec, Statistics
 from fluxsae.sae.feature_rows import set_rows
 
 
+class ThresholdForm(NamedTuple):
+    """Codes that do not depend on each other: weight (x - b_dec) + bias where that is above its threshold, else 0."""
+
+    weight: Float[Tensor, "F D"]
+    bias: Float[Tensor, "F"]
+    thresholds: Float[Tensor, "F"]
+
+
+class FusedForm(NamedTuple):
+    """What a hand-made training step minimises, on codes made of pre-activations W_enc (x - b_dec) + b_enc.
+
+    Codes are the `k` largest of a token where positive, or with no `k` all positive ones. `penalty` times the mean over
+    tokens of the codes' sum joins the squared error.
+    """
+
+    k: int | None
+    penalty: float = 0.0
+
+
+CAPABILITIES = ("threshold_form", "top_k_form", "fused_form", "sharded_form")
+"""What a kind says of itself in its own class body, and a subclass of it does not inherit."""
+
+
 class TrainOutput(NamedTuple):
     """One pass over normalised tokens, with all that training needs of it.
 
-    `partial` holds what each group of features but the last rebuilds together with those before it (see `SAE`), and
-    `cutoff` the smallest code that a kind kept which chooses over the whole batch.
+    `penalty` joins the squared error with a weight that may rise over the first steps; `auxiliary`, a squared error of
+    each token, joins it as it is. `partial` holds what each group of features but the last rebuilds together with those
+    before it (see `SAE`), and `cutoff` the smallest code that a kind kept which chooses over the whole batch.
     """
 
     recon: Float[Tensor, "N D"]
@@ -34,17 +58,24 @@ class TrainOutput(NamedTuple):
     l0: Float[Tensor, ""]
     fired: Bool[Tensor, "F"]
     partial: tuple[Float[Tensor, "N D"], ...] = ()
+    auxiliary: Float[Tensor, "N"] | None = None
     cutoff: Float[Tensor, ""] | None = None
 
 
 class SAE(nn.Module, ABC):
-    """A sparse autoencoder over tokens of width `d_in`. Subclasses say which pre-activations become codes.
+    """A sparse autoencoder over tokens of width `d_in`. A kind is a subclass that says which pre-activations are codes.
+
+    A kind needs `activate` and, where its constructor takes more arguments, `options`. All else has a default that is
+    slow and right: how it trains (`training_forward`, `penalty`, `remember`), what dead features do (`expected_l0`,
+    `reconstruct_from`, `restart`), and what it can do faster (`threshold_form`, `top_k_form`, `fused_form`,
+    `sharded_form`). The faster forms are not inherited: a subclass may compute something else, so it must say again
+    what it can do. A saved SAE names its kind by class path.
 
     `W_dec` has one feature direction a row, of unit length after training here; `W_enc` starts along it.
     `spec` says what the SAE was trained on and `mean_norm` is E‖x‖ there; both are None where nobody knows.
 
-    A training pass and inference may choose codes differently: `run` trains, everything else is inference, in which
-    the codes of a token depend on that token alone.
+    A training pass and inference may choose codes differently: `training_forward` trains, everything else is inference,
+    in which the codes of a token depend on that token alone.
 
     Args:
         d_in: width of a token.
@@ -88,6 +119,12 @@ class SAE(nn.Module, ABC):
         self.spec: CaptureSpec | None = None
         self.mean_norm: float | None = None
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in CAPABILITIES:
+            if name not in vars(cls):
+                setattr(cls, name, vars(SAE)[name])
+
     @property
     def d_in(self) -> int:
         return self.W_dec.shape[1]
@@ -106,9 +143,30 @@ class SAE(nn.Module, ABC):
         """The parameters with a row, or a number, a feature."""
         return [self.W_enc, self.b_enc, self.W_dec]
 
+    @property
+    def expected_l0(self) -> float | None:
+        """How many codes of a token a kind keeps on average by its choice of codes; None where training decides."""
+        return None
+
     def options(self) -> dict[str, Any]:
         """The constructor's arguments beside `d_in` and `n_features`."""
         return {"groups": list(self.groups) if len(self.groups) > 1 else None, "seed": self.seed}
+
+    def threshold_form(self) -> ThresholdForm | None:
+        """Inference as a threshold a feature, so that kernels can pool codes inside the encoder's product."""
+        return None
+
+    def top_k_form(self) -> int | None:
+        """k, where the codes of a token are its k largest pre-activations W_enc (x - b_dec) + b_enc, if positive."""
+        return None
+
+    def fused_form(self) -> FusedForm | None:
+        """Training as a hand-made step knows it; without one, autograd trains."""
+        return None
+
+    def sharded_form(self) -> type[SAE] | None:
+        """The class that computes with a share of the features in each process (see `sharding`)."""
+        return None
 
     @abstractmethod
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
@@ -231,3 +289,9 @@ def checked_k(k: int, n_features: int) -> int:
     if not 1 <= k <= n_features:
         raise ValueError(f"k is {k}, expected 1 to n_features = {n_features}.")
     return k
+
+
+def kinds_with(form: str) -> list[str]:
+    """The names of the kinds at hand that have one of the `CAPABILITIES`."""
+    kinds = [kind for kind in SAE.__subclasses__() if vars(kind)[form] is not vars(SAE)[form]]
+    return sorted(kind.__name__ for kind in kinds)

@@ -1,9 +1,11 @@
-"""SAEs on disk: a folder with `sae.safetensors` and `config.json`; for reading only, seed checkpoints (`.pt`)."""
+"""SAEs on disk: a folder with `sae.safetensors` and `config.json`.
+
+For reading only, `.pt` checkpoints with `model_state_dict` and `config`.
+"""
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,13 @@ from safetensors.torch import load_file, save_file
 from fluxsae.files import read_json, remove_parts, whole_file, write_json
 from fluxsae.records import CaptureSpec
 from fluxsae.sae.base import SAE
-from fluxsae.sae.kinds.batch_topk import BatchTopK
-from fluxsae.sae.kinds.jumprelu import JumpReLU
 from fluxsae.sae.kinds.l1 import L1
 from fluxsae.sae.kinds.topk import TopK
+from fluxsae.sae.registry import class_path, find_kind
 
 VERSION = 1
 WEIGHTS = "sae.safetensors"
 CONFIG = "config.json"
-
-_KINDS: dict[str, Callable[..., SAE]] = {kind.__name__: kind for kind in (L1, TopK, BatchTopK, JumpReLU)}
 
 
 def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = None) -> None:
@@ -39,6 +38,7 @@ def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = Non
     config = {
         "version": VERSION,
         "kind": type(sae).__name__,
+        "class_path": class_path(type(sae)),
         "d_in": sae.d_in,
         "n_features": sae.n_features,
         "options": sae.options(),
@@ -50,13 +50,15 @@ def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = Non
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """The SAE in a folder of ours or in a seed `.pt` file, in evaluation mode and without gradients.
+    """The SAE in a folder of ours or in a `.pt` checkpoint with `model_state_dict` and `config`.
+
+    It is in evaluation mode and without gradients.
 
     FileNotFoundError when there is none, ValueError when it is damaged or another version's. No code is unpickled.
     """
     path = Path(path)
     if path.is_file():
-        return _load_seed(path).to(device).requires_grad_(False).eval()
+        return _load_state_dict(path).to(device).requires_grad_(False).eval()
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"there is no SAE at {path} (no {CONFIG}); run `fluxsae fit`, or name its folder.")
     config = read_config(path)
@@ -83,16 +85,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 def _build(path: Path, config: dict[str, Any]) -> SAE:
     try:
-        sae = _KINDS[config["kind"]](config["d_in"], config["n_features"], **config["options"])
+        kind = find_kind(config.get("class_path", f"fluxsae.{config['kind']}"))  # the first edition wrote names alone
+        sae = kind(config["d_in"], config["n_features"], **config["options"])
         sae.spec = CaptureSpec.from_dict(config["spec"]) if config["spec"] is not None else None
         sae.mean_norm = config["mean_norm"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe an SAE ({error!r}); fit it again.") from error
+        raise ValueError(f"{path} does not describe an SAE ({type(error).__name__}: {error}); fit it again.") from error
     return sae
 
 
-def _load_seed(path: Path) -> SAE:
-    """A seed checkpoint: `model_state_dict` and `config`. It names no site and step, and needs no normalisation."""
+def _load_state_dict(path: Path) -> SAE:
+    """A checkpoint of `model_state_dict` and `config`. It names no site and step, and needs no normalisation."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -114,7 +117,7 @@ def _load_seed(path: Path) -> SAE:
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path} is not a seed checkpoint ({type(error).__name__}: {reason}); expected model_state_dict with "
+            f"{path} is no checkpoint of an SAE ({type(error).__name__}: {reason}); expected model_state_dict with "
             "pre_bias, encoder.weight, encoder.bias, decoder.weight and config with "
             "input_dim, hidden_dim, use_topk, topk_k."
         ) from error

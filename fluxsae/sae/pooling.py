@@ -13,11 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fluxsae.sae.base import SAE
-from fluxsae.sae.kinds.batch_topk import BatchTopK
-from fluxsae.sae.kinds.jumprelu import JumpReLU
-from fluxsae.sae.kinds.l1 import L1
-from fluxsae.sae.kinds.topk import TopK
+from fluxsae.sae.base import SAE, ThresholdForm
 
 if find_spec("triton") is not None:
     from fluxsae.kernels import columns, pooling, selection
@@ -46,11 +42,17 @@ class Pooling(ABC):
 
 
 def pooling_of(sae: SAE, precision: str) -> Pooling:
-    """The fastest way to pool here: kernels on an NVIDIA GPU at the Trainer's precision `bf16-mixed`, else PyTorch."""
+    """The fastest way to pool here: PyTorch, or kernels where the kind has a form for them.
+
+    Kernels run on an NVIDIA GPU at the Trainer's precision `bf16-mixed`.
+    """
     on_gpu = sae.W_enc.device.type == "cuda" and torch.version.hip is None
-    if not (on_gpu and precision == "bf16-mixed" and find_spec("triton") is not None):
-        return PlainPooling(sae)
-    return TopKPooling(sae) if isinstance(sae, TopK) else ThresholdPooling(sae)
+    if on_gpu and precision == "bf16-mixed" and find_spec("triton") is not None:
+        if (k := sae.top_k_form()) is not None:
+            return TopKPooling(sae, k)
+        if (form := sae.threshold_form()) is not None:
+            return ThresholdPooling(sae, form)
+    return PlainPooling(sae)
 
 
 class PlainPooling(Pooling):
@@ -85,19 +87,19 @@ def _stacked(parts: list[Pooled]) -> Pooled:
 
 
 class ThresholdPooling(Pooling):
-    """Pools inside the encoder's product, where a code depends on its own pre-activation: L1, BatchTopK, JumpReLU.
+    """Pools inside the encoder's product, where a code depends on its own pre-activation alone.
 
     The scale is folded into the weights, so that tokens of `dtype` are multiplied as they were captured, exactly. The
     bias takes the mean through the *rounded* weights, so rounding errs in proportion to x - mean, however far the mean
     is from 0. Tokens of another dtype are centred before they are rounded.
     """
 
-    def __init__(self, sae: SAE, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.weight = (sae.W_enc.detach() * sae.scale).to(dtype)
+    def __init__(self, sae: SAE, form: ThresholdForm, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.weight = (form.weight.detach() * sae.scale).to(dtype)
         self.centre = sae.mean + sae.b_dec.detach() / sae.scale
-        self.bias = sae.b_enc.detach()
+        self.bias = form.bias.detach()
         self.bias_of_raw = self.bias - self.weight.float() @ self.centre
-        self.threshold = thresholds(sae)
+        self.threshold = form.thresholds.detach()
 
     def pool(self, tokens: Float[Tensor, "B T D"]) -> Pooled:
         pooled = _empty(len(tokens), len(self.weight), tokens.device)
@@ -118,24 +120,15 @@ class ThresholdPooling(Pooling):
         return (tokens - self.centre).to(self.weight.dtype), self.bias
 
 
-def thresholds(sae: SAE) -> Float[Tensor, "F"]:
-    """What a pre-activation must be above to be a code. TypeError for a kind whose codes depend on each other."""
-    zero = torch.zeros_like(sae.b_enc.detach())
-    if isinstance(sae, BatchTopK | JumpReLU):
-        return zero + sae.threshold.detach()
-    if isinstance(sae, L1):
-        return zero
-    raise TypeError(f"a {type(sae).__name__} has no threshold a feature; pool it by PlainPooling.")
-
-
 class TopKPooling(Pooling):
     """Pools the k codes of each token, which are chosen from pre-activations of a part of the tokens.
 
     These are rounded to `dtype`, as in a fused training step; so are the scores.
     """
 
-    def __init__(self, sae: TopK, dtype: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, sae: SAE, k: int, dtype: torch.dtype = torch.bfloat16) -> None:
         self.sae = sae
+        self.k = k
         self.weight = sae.W_enc.detach().to(dtype)
 
     def pool(self, tokens: Float[Tensor, "B T D"]) -> Pooled:
@@ -154,8 +147,8 @@ class TopKPooling(Pooling):
     def _chosen(self, tokens: Float[Tensor, "P D"]) -> tuple[Float[Tensor, "P K"], Int[Tensor, "P K"]]:
         x = torch.empty_like(tokens, dtype=self.weight.dtype)
         columns.centre(tokens.contiguous(), self.sae.mean, self.sae.scale, self.sae.b_dec, x)
-        values = torch.empty(len(x), self.sae.k, device=x.device)
-        indices = torch.empty(len(x), self.sae.k, device=x.device, dtype=torch.int32)
+        values = torch.empty(len(x), self.k, device=x.device)
+        indices = torch.empty(len(x), self.k, device=x.device, dtype=torch.int32)
         selection.select(x @ self.weight.T, self.sae.b_enc.detach(), values, indices)
         return values, indices
 

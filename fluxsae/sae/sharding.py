@@ -20,11 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.functional import pad
 
-from fluxsae.sae.base import SAE, TrainOutput
+from fluxsae.sae.base import SAE, TrainOutput, kinds_with
 from fluxsae.sae.feature_rows import rows_here, whole
-from fluxsae.sae.kinds.jumprelu import JumpReLU
-from fluxsae.sae.kinds.l1 import L1
-from fluxsae.sae.kinds.topk import TopK
 
 
 class Sharded(SAE):
@@ -35,6 +32,7 @@ class Sharded(SAE):
     """
 
     group: dist.ProcessGroup
+    whole_kind: type[SAE]
     _found: tuple[Tensor, Tensor] | None = None
 
     def project(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch H"]:
@@ -103,28 +101,6 @@ class Sharded(SAE):
         return total
 
 
-class ShardedL1(Sharded, L1):
-    """L1, whose features do not compete."""
-
-
-class ShardedJumpReLU(Sharded, JumpReLU):
-    """JumpReLU, whose features have their thresholds for themselves."""
-
-
-class ShardedTopK(Sharded, TopK):
-    """The k largest of all processes' pre-activations."""
-
-    def activate(self, pre_acts: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
-        return self._largest(pre_acts.flatten(0, -2), self.k).view_as(pre_acts)
-
-    def training_forward(self, x: Float[Tensor, "N D"]) -> TrainOutput:
-        pre = self.project(x)
-        return self.train_output(pre, self.activate(pre))
-
-
-_KINDS: dict[type[SAE], type[Sharded]] = {L1: ShardedL1, JumpReLU: ShardedJumpReLU, TopK: ShardedTopK}
-
-
 def shard(sae: SAE, mesh: DeviceMesh) -> None:
     """Spread an SAE's features evenly over the `tensor_parallel` dimension of `mesh`, from the first process's weights.
 
@@ -138,8 +114,11 @@ def shard(sae: SAE, mesh: DeviceMesh) -> None:
     for name, parameter in list(sae.named_parameters()):
         place = Shard(0) if id(parameter) in per_feature else Replicate()
         setattr(sae, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Replicate(), place])))
-    sae.__class__ = _KINDS[type(sae)]
+    kind, sharded = type(sae), sae.sharded_form()
+    assert sharded is not None
+    sae.__class__ = sharded
     assert isinstance(sae, Sharded)
+    sae.whole_kind = kind
     sae.group = mesh["tensor_parallel"].get_group()
 
 
@@ -149,11 +128,11 @@ def refuse_unshardable(sae: SAE, n: int) -> None:
         raise ValueError(
             f"n_features is {sae.n_features}, which {n} processes cannot share evenly; make it a multiple of {n}."
         )
-    if type(sae) not in _KINDS or len(sae.groups) > 1 or getattr(sae, "target_l0", None) is not None:
-        kinds = ", ".join(kind.__name__ for kind in _KINDS)
+    if sae.sharded_form() is None or len(sae.groups) > 1:
         raise ValueError(
             f"the features of this {type(sae).__name__} do not train apart from each other, so processes cannot share "
-            f"them; choose one of {kinds} without groups and target_l0, or DDPStrategy, where each holds them all."
+            f"them; choose one of {', '.join(kinds_with('sharded_form'))} without groups and target_l0, or "
+            "DDPStrategy, where each process holds them all."
         )
 
 
@@ -176,8 +155,7 @@ def gather(sae: SAE) -> SAE:
     """The whole SAE, on the CPU; one that is not sharded as it is. Every process that shares it must ask."""
     if not isinstance(sae, Sharded):
         return sae
-    kind = next(kind for kind in type(sae).__mro__ if kind in _KINDS)
-    one = kind(sae.d_in, sae.n_features, **sae.options())
+    one = sae.whole_kind(sae.d_in, sae.n_features, **sae.options())
     one.load_state_dict({name: whole(value).cpu() for name, value in sae.state_dict().items()})
     one.spec, one.mean_norm = sae.spec, sae.mean_norm
     return one

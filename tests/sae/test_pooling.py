@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fluxsae.sae import L1, SAE, BatchTopK, JumpReLU, TopK
+from fluxsae.sae import L1, SAE, BatchTopK, Gated, JumpReLU, ThresholdForm, TopK
 from fluxsae.sae import pooling as pooled_codes
 from fluxsae.sae.pooling import PlainPooling, ThresholdPooling, TopKPooling, pooling_of
 from tests.synthetic import randomised
@@ -20,7 +20,16 @@ def make(kind: type[SAE], d_in: int, n_features: int) -> SAE:
         sae.threshold.fill_(0.4)
     if isinstance(sae, JumpReLU):
         torch.nn.init.normal_(sae.log_threshold, -1.0, 0.5, generator=torch.Generator().manual_seed(1))
+    if isinstance(sae, Gated):
+        torch.nn.init.normal_(sae.log_gain, 0.0, 0.5, generator=torch.Generator().manual_seed(2))
+        torch.nn.init.normal_(sae.b_mag, 0.0, 0.5, generator=torch.Generator().manual_seed(3))
     return randomised(sae).to(DEVICE)
+
+
+def form_of(sae: SAE) -> ThresholdForm:
+    form = sae.threshold_form()
+    assert form is not None
+    return form
 
 
 def draw(n_images: int, n_tokens: int, d_in: int) -> Tensor:
@@ -37,7 +46,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("part", [3, 12, 10_000])
-@pytest.mark.parametrize("kind", [L1, TopK, BatchTopK, JumpReLU])
+@pytest.mark.parametrize("kind", [L1, TopK, BatchTopK, JumpReLU, Gated])
 def test_parts_do_not_matter(kind: type[SAE], part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooled_codes, "PART", part)
     sae, tokens = make(kind, 8, 20), draw(5, 7, 8)
@@ -49,7 +58,7 @@ def test_parts_do_not_matter(kind: type[SAE], part: int, monkeypatch: pytest.Mon
     assert torch.allclose(chosen, codes[1][:, [3, 0, 19]], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [L1, TopK, BatchTopK, JumpReLU])
+@pytest.mark.parametrize("kind", [L1, TopK, BatchTopK, JumpReLU, Gated])
 def test_nan_is_no_score(kind: type[SAE]) -> None:
     """Scoring stops at one that is not finite: NaN must not pass for a feature that has no code."""
     sae, tokens = make(kind, 8, 20), draw(3, 7, 8)
@@ -59,10 +68,10 @@ def test_nan_is_no_score(kind: type[SAE]) -> None:
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("kind", [L1, BatchTopK])
+@pytest.mark.parametrize("kind", [L1, BatchTopK, Gated])
 def test_thresholds_inside_the_product(kind: type[SAE]) -> None:
     sae = make(kind, 16, 17)
-    compare(ThresholdPooling(sae, torch.float32), sae, draw(1, 17, 16))
+    compare(ThresholdPooling(sae, form_of(sae), torch.float32), sae, draw(1, 17, 16))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -71,7 +80,7 @@ def test_thresholds_inside_the_product(kind: type[SAE]) -> None:
 )
 def test_tiles_of_awkward_sizes(n_images: int, n_tokens: int, d_in: int, n_features: int) -> None:
     sae = make(JumpReLU, d_in, n_features)
-    compare(ThresholdPooling(sae, torch.float32), sae, draw(n_images, n_tokens, d_in))
+    compare(ThresholdPooling(sae, form_of(sae), torch.float32), sae, draw(n_images, n_tokens, d_in))
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -83,7 +92,7 @@ def test_chosen_codes(
     monkeypatch.setattr(pooled_codes, "PART", part)
     sae, tokens = make(TopK, 12, n_features), draw(n_images, n_tokens, 12)
     assert isinstance(sae, TopK)
-    compare(TopKPooling(sae, torch.float32), sae, tokens)
+    compare(TopKPooling(sae, sae.k, torch.float32), sae, tokens)
 
 
 def compare(ours: ThresholdPooling | TopKPooling, sae: SAE, tokens: Tensor) -> None:
@@ -98,11 +107,15 @@ def compare(ours: ThresholdPooling | TopKPooling, sae: SAE, tokens: Tensor) -> N
 
 
 @pytest.mark.usefixtures("small_tiles")
-@pytest.mark.parametrize("kind", [L1, TopK, JumpReLU])
+@pytest.mark.parametrize("kind", [L1, TopK, JumpReLU, Gated])
 def test_a_token_that_is_no_number_shows(kind: type[SAE]) -> None:
     sae, tokens = make(kind, 8, 9), draw(3, 5, 8)
     tokens[1, 4, 2] = torch.nan
-    ours = TopKPooling(sae, torch.float32) if isinstance(sae, TopK) else ThresholdPooling(sae, torch.float32)
+    ours = (
+        TopKPooling(sae, sae.k, torch.float32)
+        if isinstance(sae, TopK)
+        else ThresholdPooling(sae, form_of(sae), torch.float32)
+    )
     assert ours.pool(tokens).scores.isfinite().all(dim=1).tolist() == [True, False, True]
 
 
@@ -113,7 +126,7 @@ def test_rounded_weights_keep_the_mean_out(dtype: torch.dtype) -> None:
     sae = make(L1, 32, 16)
     sae.mean.mul_(1000.0)
     tokens = (draw(2, 10, 32) + sae.mean).bfloat16()
-    ours = ThresholdPooling(sae)
+    ours = ThresholdPooling(sae, form_of(sae))
     ours.weight = ours.weight.float()  # still rounded; the interpreter does not multiply bf16
     found = ours.pool(tokens.to(dtype)).scores  # bf16 is another dtype than the weights' now
     exact = PlainPooling(sae.double()).pool(tokens.double()).scores

@@ -158,9 +158,9 @@ def test_rows_have_unit_length_at_every_step(shards: Path, tmp_path: Path) -> No
     trainer(tmp_path, 1, callbacks=[WatchRows()]).fit(topk(tmp_path), datamodule=data(shards))
 
 
-@pytest.mark.parametrize(("revive", "alive"), [(0.05, 20), (0.0, 0)])
-def test_dead_features_are_lifted_until_they_fire(shards: Path, tmp_path: Path, revive: float, alive: int) -> None:
-    module = topk(tmp_path, revive=revive, dead_after=1000, aux_k=0)
+@pytest.mark.parametrize(("increment", "alive"), [(0.05, 20), (0.0, 0)])
+def test_dead_features_are_lifted_until_they_fire(shards: Path, tmp_path: Path, increment: float, alive: int) -> None:
+    module = topk(tmp_path, dead_bias_increment=increment, dead_after=1000, aux_k=0)
     with torch.no_grad():
         module.sae.b_enc[:20] = -2.0  # these do not fire by themselves
     stream = data(shards)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxsae.sae.base import SAE, TrainOutput, checked_k
+from fluxsae.sae.base import SAE, ThresholdForm, TrainOutput, checked_k
 
 MEMORY = 0.99
 """Share of the threshold that a training step leaves as it is: it averages over about the last hundred steps."""
@@ -42,8 +42,15 @@ class BatchTopK(SAE):
         self.k = checked_k(k, n_features)
         self.register_buffer("threshold", torch.zeros(()))
 
+    @property
+    def expected_l0(self) -> float:
+        return float(self.k)
+
     def options(self) -> dict[str, Any]:
         return {"k": self.k, **super().options()}
+
+    def threshold_form(self) -> ThresholdForm:
+        return ThresholdForm(self.W_enc, self.b_enc, torch.zeros_like(self.b_enc) + self.threshold)
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         return torch.where(pre_acts <= self.threshold, 0.0, pre_acts)  # NaN stays NaN

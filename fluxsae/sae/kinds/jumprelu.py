@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from fluxsae.sae.base import SAE, TrainOutput
+from fluxsae.sae.base import SAE, ThresholdForm, TrainOutput
 from fluxsae.sae.feature_rows import set_rows
+from fluxsae.sae.sharding import Sharded
 
 
 class JumpReLU(SAE):
@@ -69,6 +70,12 @@ class JumpReLU(SAE):
         ours = {"l0": self.l0, "target_l0": self.target_l0, "threshold": self.initial, "bandwidth": self.bandwidth}
         return {**ours, **super().options()}
 
+    def threshold_form(self) -> ThresholdForm:
+        return ThresholdForm(self.W_enc, self.b_enc, self.threshold)
+
+    def sharded_form(self) -> type[SAE] | None:
+        return ShardedJumpReLU if self.target_l0 is None else None  # a target ties all features together
+
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         return torch.where(pre_acts <= self.threshold, 0.0, pre_acts)  # NaN stays NaN
 
@@ -84,6 +91,10 @@ class JumpReLU(SAE):
     def restart(self, features: Int[Tensor, "M"], directions: Float[Tensor, "M D"], length: Float[Tensor, ""]) -> None:
         super().restart(features, directions, length)
         set_rows(self.log_threshold, features, math.log(self.initial))
+
+
+class ShardedJumpReLU(Sharded, JumpReLU):
+    """JumpReLU, whose features have their thresholds for themselves."""
 
 
 def jump(pre_acts: Float[Tensor, "N F"], threshold: Float[Tensor, "F"], bandwidth: float) -> Float[Tensor, "N F"]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fluxsae.sae.base import SAE
+from fluxsae.sae.base import SAE, FusedForm, ThresholdForm
+from fluxsae.sae.sharding import Sharded
 
 
 class L1(SAE):
@@ -39,3 +41,16 @@ class L1(SAE):
     def penalty(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
         # Decoder rows have unit length, so the sum of codes cannot be made small by making the rows long.
         return self.l1 * codes.sum(dim=1).mean()
+
+    def threshold_form(self) -> ThresholdForm:
+        return ThresholdForm(self.W_enc, self.b_enc, torch.zeros_like(self.b_enc))
+
+    def fused_form(self) -> FusedForm | None:
+        return FusedForm(None, self.l1) if len(self.groups) == 1 else None
+
+    def sharded_form(self) -> type[SAE]:
+        return ShardedL1
+
+
+class ShardedL1(Sharded, L1):
+    """L1, whose features do not compete."""

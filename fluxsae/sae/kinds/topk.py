@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fluxsae.kernels.reference import decode, largest
-from fluxsae.sae.base import SAE, TrainOutput, checked_k
+from fluxsae.sae.base import SAE, FusedForm, TrainOutput, checked_k
+from fluxsae.sae.sharding import Sharded
 
 
 class TopK(SAE):
@@ -41,8 +42,21 @@ class TopK(SAE):
         super().__init__(d_in, n_features, groups, seed, encoder_gain)
         self.k = checked_k(k, n_features)
 
+    @property
+    def expected_l0(self) -> float:
+        return float(self.k)
+
     def options(self) -> dict[str, Any]:
         return {"k": self.k, **super().options()}
+
+    def top_k_form(self) -> int:
+        return self.k
+
+    def fused_form(self) -> FusedForm | None:
+        return FusedForm(self.k) if len(self.groups) == 1 else None
+
+    def sharded_form(self) -> type[SAE]:
+        return ShardedTopK
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         flat = pre_acts.reshape(-1, self.n_features)
@@ -65,3 +79,14 @@ class TopK(SAE):
             l0=active.sum(dim=1, dtype=torch.float32).mean(),
             fired=fired > 0,
         )
+
+
+class ShardedTopK(Sharded, TopK):
+    """The k largest of all processes' pre-activations."""
+
+    def activate(self, pre_acts: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
+        return self._largest(pre_acts.flatten(0, -2), self.k).view_as(pre_acts)
+
+    def training_forward(self, x: Float[Tensor, "N D"]) -> TrainOutput:
+        pre = self.project(x)
+        return self.train_output(pre, self.activate(pre))

@@ -50,17 +50,18 @@ def train(
     """
     sae = copy.deepcopy(sae).to("cuda")
     fused = FusedStep(sae, Settings(aux_k=256, aux_coef=1 / 32, graphs=graphs, fp8_encoder=fp8), processes)
-    optimizer = torch.optim.Adam(sae.parameters(), fused=True)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-3, fused=True)
+    ramp = 0.01 / fused.form.penalty if fused.form.penalty else 1.0
     generator = torch.Generator("cuda").manual_seed(0)
     losses, dead = [], torch.zeros(0, dtype=torch.int64, device="cuda")
     for step in range(n_steps):
         if step % 3 == 2:
             dead = torch.arange((0, 100, 1500, 101)[step // 3 % 4], device="cuda")
         tokens = skewed_tokens(700 if step % 5 == 4 else N_TOKENS, generator)
-        outcome = fused.forward(tokens[processes.share(len(tokens))], dead, 0.01)
-        fused.update(optimizer, 1e-3)
+        outcome = fused.forward(tokens[processes.share(len(tokens))], dead, ramp)
+        fused.update(optimizer)
         losses.append(float(outcome.loss))
-    fused.settle()
+    fused.synchronize_weights()
     return sae, losses
 
 

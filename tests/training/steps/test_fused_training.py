@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import Callback
 
 pytest.importorskip("triton")
 
-import fluxsae.training.module
 from fluxsae.data.activations import ActivationData
 from fluxsae.kernels import columns
 from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, TopK
-from fluxsae.training.module import SAETraining
+from fluxsae.training.module import SAETraining, run_facts
+from fluxsae.training.steps import Objective, choice
+from fluxsae.training.steps.choice import why_not_fused
 from fluxsae.training.steps.fused.settings import Settings
-from fluxsae.training.steps.fused.step import why_not_fused
 from tests.synthetic import dictionary, token_shards
 
 D_IN, N_STEPS = 8, 6
@@ -34,11 +34,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def in_full(objective: Objective, betas: tuple[float, float], fp8_encoder: bool) -> Settings:
+    return Settings(**asdict(objective), betas=betas, fp8_encoder=fp8_encoder, dtype=torch.float32, graphs=False)
+
+
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused steps anywhere, in a precision in which they can be compared."""
-    monkeypatch.setattr(fluxsae.training, "why_not_fused", lambda *_: None)
-    monkeypatch.setattr(fluxsae.training, "Settings", partial(Settings, dtype=torch.float32, graphs=False))
+    monkeypatch.setattr(choice, "why_not_fused", lambda *_: None)
+    monkeypatch.setattr(Settings, "of", in_full)
 
 
 class StopAt(Callback):
@@ -151,4 +155,4 @@ def test_an_fp8_encoder_without_fused_steps_is_refused(shards: Path, tmp_path: P
     ],
 )
 def test_kinds_without_one_are_named(sae: SAE, obstacle: str) -> None:
-    assert why_not_fused(sae, Trainer(logger=False, accelerator="cpu")) == obstacle
+    assert why_not_fused(sae, run_facts(Trainer(logger=False, accelerator="cpu"))) == obstacle

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fluxsae.kernels import columns, selection
-from fluxsae.sae.base import SAE
+from fluxsae.sae import SAE
 from fluxsae.training.steps.fused.kernels.row_updates import Auxiliary
 from fluxsae.training.steps.fused.kernels.scalars import Weighed
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fluxsae.kernels import columns
 from fluxsae.kernels.fp8 import Scaled, product, why_no_fp8
-from fluxsae.sae.base import SAE
+from fluxsae.sae import SAE
 from fluxsae.training.steps.fused.settings import Settings
 
 

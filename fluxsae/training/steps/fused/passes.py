@@ -17,9 +17,7 @@ from torch import Tensor
 from fluxsae.kernels import columns, selection
 from fluxsae.kernels.fp8 import Scaled
 from fluxsae.runtime import Processes
-from fluxsae.sae.base import SAE
-from fluxsae.sae.kinds.l1 import L1
-from fluxsae.sae.kinds.topk import TopK
+from fluxsae.sae import SAE, FusedForm
 from fluxsae.training.steps.fused.auxiliary import AuxiliaryLoss, AuxiliaryPass
 from fluxsae.training.steps.fused.copies import Copies
 from fluxsae.training.steps.fused.kernels import decoding, feature_lists, row_updates, scalars
@@ -27,7 +25,7 @@ from fluxsae.training.steps.fused.kernels.feature_lists import FeatureLists
 from fluxsae.training.steps.fused.settings import Settings
 
 
-class Outcome(NamedTuple):
+class Batch(NamedTuple):
     """What a forward pass found, on the device. `loss` and `mse` are a channel; `fired` counts tokens a feature."""
 
     loss: Float[Tensor, ""]
@@ -66,7 +64,7 @@ class Found(NamedTuple):
     """What the update needs of a forward pass. `bias` is b_enc's gradient without the auxiliary loss's part, which
     leaves b_dec alone."""
 
-    outcome: Outcome
+    outcome: Batch
     x: Float[Tensor, "N D"]
     error: Float[Tensor, "N D"]
     bias: Float[Tensor, "F"]
@@ -78,8 +76,9 @@ class Passes(ABC):
     """Forward passes of one SAE: `begin`, `encode`, then `explain`, for each batch. The next one writes to the same
     places, so that graphs can be recorded of what follows `begin`."""
 
-    def __init__(self, sae: SAE, settings: Settings, processes: Processes, copies: Copies) -> None:
+    def __init__(self, sae: SAE, form: FusedForm, settings: Settings, processes: Processes, copies: Copies) -> None:
         self.sae = sae
+        self.form = form
         self.settings = settings
         self.processes = processes
         self.copies = copies
@@ -148,7 +147,7 @@ class Passes(ABC):
         if self.processes.n == 1:
             return None
         sums = scalars.sum_lengths(squares)
-        return _Lengths(sums, self.processes.add_up(sums))
+        return _Lengths(sums, self.processes.all_reduce_async(sums))
 
     def _weigh(
         self, error: Float[Tensor, "N D"], squares: Float[Tensor, "P N"], lengths: _Lengths | None
@@ -167,11 +166,11 @@ class Passes(ABC):
 
 
 class SparsePasses(Passes):
-    """Of a TopK SAE, through gathers of decoder rows and lists of the tokens that each feature fired on."""
+    """For small k, through gathers of decoder rows and lists of the tokens that each feature fired on."""
 
     def encode(self) -> Encoded:
-        assert isinstance(self.sae, TopK)
-        pre, bias, shape = self._project(), self.sae.b_enc, (len(self.x), self.sae.k)
+        assert self.form.k is not None
+        pre, bias, shape = self._project(), self.sae.b_enc, (len(self.x), self.form.k)
         values, indices = torch.empty(shape, device=pre.device), pre.new_empty(shape, dtype=torch.int32)
         selection.select(pre, bias, values, indices)
         return Encoded(values, self.aux.codes(pre, bias), indices)
@@ -190,17 +189,17 @@ class SparsePasses(Passes):
         along, bias = torch.empty(2, n_features, device=error.device).unbind()
         row_updates.feature_sums(lists, along, bias)
         aux = self._explain_dead(aux_codes, error, weighed, along, bias)
-        outcome = Outcome(aux.loss, weighed.mse, lists.counts, n)
+        outcome = Batch(aux.loss, weighed.mse, lists.counts, n)
         return Found(outcome, self.x, error, bias, aux, SparseFactors(lists, along))
 
 
 class DensePasses(Passes):
-    """Of an L1 or TopK SAE, by matrix products. The buffer of errors holds x until they are there."""
+    """By matrix products, for any k or none. The buffer of errors holds x until they are there."""
 
     def _widths(self) -> dict[str, tuple[int, torch.dtype]]:
         n_features, dtype = self.sae.n_features, self.settings.dtype
         widths = super()._widths() | {"codes": (n_features, dtype)}
-        if isinstance(self.sae, TopK) and selection.packs(n_features, dtype):
+        if self.form.k is not None and selection.packs(n_features, dtype):
             widths["active"] = (n_features // 8, torch.uint8)
         return widths
 
@@ -216,9 +215,9 @@ class DensePasses(Passes):
     def encode(self) -> Encoded:
         codes = self.buffers["codes"][: len(self.x)]
         bias = self.sae.b_enc.to(codes.dtype)
-        if isinstance(self.sae, TopK):
+        if self.form.k is not None:
             pre = self._project(bias)
-            selection.keep_largest(pre, codes, self.sae.k, self._active)
+            selection.keep_largest(pre, codes, self.form.k, self._active)
             return Encoded(codes, self.aux.codes(pre))
         if self.settings.fp8_encoder:
             self._project(bias, "codes").relu_()
@@ -240,9 +239,9 @@ class DensePasses(Passes):
         fired, bias = sums[:2]
         aux = self._explain_dead(aux_codes, error, weighed, None, bias)
         loss = aux.loss
-        if isinstance(self.sae, L1):
+        if self.form.penalty:
             loss = scalars.add_penalty(loss, sums[2], self.penalty, 2 / (n * self.sae.d_in))
-        return Found(Outcome(loss, weighed.mse, fired, n), self.x, error, bias, aux, DenseFactors(codes, slopes))
+        return Found(Batch(loss, weighed.mse, fired, n), self.x, error, bias, aux, DenseFactors(codes, slopes))
 
 
 class _Lengths(NamedTuple):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from fluxsae.training.steps.base import Objective
+
 
 @dataclass(frozen=True)
-class Settings:
-    """What the objective and Adam need to know, the dtype of products, and whether to record graphs."""
+class Settings(Objective):
+    """The objective, what Adam needs to know, the dtype of products, and whether to record graphs."""
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    clip_tokens: float = 10.0
-    aux_k: int = 0
-    aux_coef: float = 0.0
     dtype: torch.dtype = torch.bfloat16
     graphs: bool = True
     fp8_encoder: bool = False
+
+    @classmethod
+    def of(cls, objective: Objective, betas: tuple[float, float], fp8_encoder: bool) -> Settings:
+        return cls(**asdict(objective), betas=betas, fp8_encoder=fp8_encoder)

@@ -17,20 +17,14 @@ from torch.optim import Adam
 
 from fluxsae.kernels import columns
 from fluxsae.runtime import Processes
-from fluxsae.sae.base import SAE
+from fluxsae.sae import SAE
+from fluxsae.training.steps.base import Fired
 from fluxsae.training.steps.fused.copies import Copies
 from fluxsae.training.steps.fused.kernels import row_updates, scalars
 from fluxsae.training.steps.fused.kernels.feature_lists import FeatureLists
 from fluxsae.training.steps.fused.kernels.row_updates import AdamState, Auxiliary, UnitRows
 from fluxsae.training.steps.fused.passes import Found, SparseFactors
 from fluxsae.training.steps.fused.settings import Settings
-
-
-class Seen(NamedTuple):
-    """On how many tokens of all processes each feature fired in a step, and how many tokens there were."""
-
-    fired: Tensor
-    n_tokens: Tensor | int
 
 
 class States(NamedTuple):
@@ -76,11 +70,11 @@ class Updates:
         self._squares = torch.empty(row_updates.n_tiles(sae.d_in), self.own.stop - self.own.start, device=device)
         self._kept: dict[str, Tensor] = {}
 
-    def make(self, found: Found, states: States) -> Seen:
+    def make(self, found: Found, states: States) -> Fired:
         """One step. With several processes, all make it, each on its own features."""
         return self._alone(found, states) if self.processes.n == 1 else self._together(found, states)
 
-    def _alone(self, found: Found, states: States) -> Seen:
+    def _alone(self, found: Found, states: States) -> Fired:
         betas, aux = self.settings.betas, found.aux
         hyper = self._hyper(found.outcome.loss, states, 2 / (len(found.x) * self.sae.d_in))
         b_dec = self._b_dec_gradient(found)  # by the encoder as it was
@@ -101,13 +95,13 @@ class Updates:
             torch.mm(codes.T, found.error, out=gradient)
             row_updates.update_given(dec, gradient, hyper, betas, aux.dec, unit=True)
         self._finish(found, states, hyper, aux.bias, b_dec)
-        return Seen(found.outcome.fired, found.outcome.n_tokens)
+        return Fired(found.outcome.fired, found.outcome.n_tokens)
 
-    def _together(self, found: Found, states: States) -> Seen:
+    def _together(self, found: Found, states: States) -> Fired:
         """What is made travels while the next is made or the last is used."""
         enc, dec = self._weights(states)
         sums, rows = self._sums(found)
-        arriving = [self.processes.add_up(one) for one in (sums, rows)]
+        arriving = [self.processes.all_reduce_async(one) for one in (sums, rows)]
         enc_gradient, dec_gradient = (self._send_others(found, name) for name in ("W_enc", "W_dec"))
         for work in arriving:
             work.wait()
@@ -115,11 +109,11 @@ class Updates:
         fired, n_tokens, loss, b_enc, b_dec, along = sums.split([n, 1, 1, n, self.sae.d_in, n_along])
         hyper = self._hyper(loss[0], states, 2 / (self.processes.n * self.sae.d_in))
         self._step_own(enc, enc_gradient, hyper, self._own_rows(found.aux.enc, rows[0]))
-        enc_spread = self.processes.spread(self.copies.enc)
+        enc_spread = self.processes.all_gather_(self.copies.enc)
         self._step_own(dec, dec_gradient, hyper, self._own_rows(found.aux.dec, rows[1]), along)
         self._finish(found, states, hyper, b_enc, b_dec)
         enc_spread.wait()
-        return Seen(fired, n_tokens[0].long())
+        return Fired(fired, n_tokens[0].long())
 
     def _sums(self, found: Found) -> tuple[Tensor, Tensor]:
         """What is added up over processes beside the weights' gradients.
@@ -158,7 +152,7 @@ class Updates:
             for others in (slice(self.own.start), slice(self.own.stop, None)):
                 out = everyone[others]
                 torch.addmm(out, factors[:, others].T, source, beta=0, alpha=share, out=out)
-        sent = self.processes.add_up_share(everyone, from_others)
+        sent = self.processes.reduce_scatter_async(everyone, from_others)
         return _Gradient(factors, source, share, own, from_others, sent)
 
     def _step_own(

@@ -1,0 +1,125 @@
+"""What a training step is, whoever makes it, and the optimizer that leaves its steps to it.
+
+Legend: N tokens, D width, F features, M dead features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.optim import Adam
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training adds to an SAE's own loss, or takes from it.
+
+    Each token's error norm is clipped to `clip_tokens` times the batch mean (0: not at all). The `aux_k` strongest dead
+    features of a token are to explain what the others left; the squared error of that joins the loss `aux_coef` times.
+    """
+
+    clip_tokens: float = 10.0
+    aux_k: int = 0
+    aux_coef: float = 0.0
+
+
+class RunFacts(NamedTuple):
+    """What a step needs to know of the run.
+
+    Its precision, how many processes take part, whether their gradients travel as bf16, over how many batches gradients
+    are accumulated, whether the Trainer clips them, and whether the SAE is one of several in a sweep.
+    """
+
+    precision: str
+    n_processes: int = 1
+    bf16_gradients: bool = False
+    n_accumulated: int = 1
+    clips_gradients: bool = False
+    in_sweep: bool = False
+
+
+class Measured(NamedTuple):
+    """A batch as a step saw it: squared error a channel, fraction of variance explained, codes above 0 a token."""
+
+    mse: Float[Tensor, ""]
+    fve: Tensor
+    l0: Float[Tensor, ""]
+
+
+class Outcome(NamedTuple):
+    """The loss of a batch, a channel, and what else can be told of it until the next batch comes."""
+
+    loss: Float[Tensor, ""]
+    measure: Callable[[], Measured]
+
+
+class Fired(NamedTuple):
+    """On how many tokens of all processes each feature fired in a step, and how many tokens there were.
+
+    Where only whether it fired is known, the numbers are 0 and above.
+    """
+
+    fired: Tensor
+    n_tokens: Tensor | int
+
+
+class TrainingStep(ABC):
+    """Training steps of one SAE: `forward`, `backward`, `finish_gradients`, `update`, for each batch.
+
+    Between steps weights may be as the next step wants them. Whoever else reads or writes weights, or reads Adam's
+    moments, calls `synchronize_weights` first, in all processes that train the SAE together.
+    """
+
+    gradients_by_autograd: bool
+    """Whether gradients reach the parameters' `grad`, so that several processes have to average them there."""
+
+    @abstractmethod
+    def forward(self, tokens: Float[Tensor, "N D"], dead: Int[Tensor, "M"], penalty_ramp: float) -> Outcome:
+        """Loss of raw tokens; the SAE's own penalty counts `penalty_ramp` times."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor, *arguments: Any, **named: Any) -> None:
+        """Gradients of a loss that `forward` found."""
+
+    @abstractmethod
+    def finish_gradients(self, optimizer: StepAdam) -> None:
+        """What is done to gradients before anyone clips them, and before `update`."""
+
+    @abstractmethod
+    def update(self, optimizer: StepAdam) -> None:
+        """Adam's step. Nothing where the loss or its gradient was not finite; no host is asked."""
+
+    @abstractmethod
+    def fired(self) -> Fired:
+        """What fired in the batches since this was asked last, in all processes."""
+
+    @abstractmethod
+    def updates_since_bad(self) -> int | None:
+        """How many updates ago a loss or gradient was not finite for the first time. Waits for the device."""
+
+    @abstractmethod
+    def synchronize_weights(self) -> None:
+        """Bring weights up to date for whoever reads them, and take what others wrote; in all processes together."""
+
+
+class StepAdam(Adam):
+    """torch's Adam, whose step a `TrainingStep` makes; the state is the same whoever makes it."""
+
+    made_by: TrainingStep | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        loss = closure() if closure is not None else None
+        assert self.made_by is not None
+        self.made_by.update(self)  # asked only now: while the closure ran, a step may have been found wrong
+        return loss
+
+    @torch.no_grad()
+    def step_by_gradients(self) -> None:
+        """torch's own step, by the parameters' gradients."""
+        super().step()

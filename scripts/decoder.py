@@ -13,7 +13,10 @@ from fluxsae.sae import load_sae
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
-        "--sae", type=Path, default=Path("runs/tiny/sae"), help="the SAE's folder, or a seed checkpoint"
+        "--sae",
+        type=Path,
+        default=Path("runs/tiny/sae"),
+        help="the SAE's folder, or a .pt checkpoint with model_state_dict and config",
     )
     parser.add_argument("--features", type=Path, default=Path("runs/tiny/features.csv"), help="the features table")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/figures/decoder.png"), help="the PNG to write")

@@ -1,5 +1,9 @@
 """Keeps each feature's best images in one launch a batch (Triton), without asking the device what there is to do.
 
+Why. A batch improves the lists of few features. PyTorch would have to ask the device which, and wait for the answer, or
+sort the lists of all. Here each program takes one feature, sees that nothing of the batch is as good as its worst entry
+and ends, or puts the better images in.
+
 Legend: B images of a batch, F features, K kept.
 """
 

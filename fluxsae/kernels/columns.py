@@ -1,5 +1,13 @@
 """Passes over whole matrices that a dense step needs between its matrix products (Triton).
 
+Why by hand. Each of these is a few elementwise operations and a sum; PyTorch would make a pass over memory of each
+operation, and a pass over codes of 8,192 tokens and 12,288 features in bf16 is 0.2 GB, 0.05 ms of an H200 each way.
+Here every matrix is read once for all that is asked of it: `mask_slopes` masks the slopes, counts what fired and sums
+two gradients in the pass that reads codes and slopes anyway.
+
+Sums over tokens go through parts that a second pass adds up in a fixed order, instead of atomics: two runs give the same
+bits.
+
 Legend: N tokens, D width, F features, A some of them, R rows and C columns of any matrix.
 """
 

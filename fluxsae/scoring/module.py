@@ -48,7 +48,7 @@ class SAEScoring(LightningModule):
     `pooling` is how, from the start of a run on, also for callbacks that want codes of a few features.
 
     Args:
-        sae: folder of an SAE, or a seed checkpoint.
+        sae: folder of an SAE, or a `.pt` checkpoint with `model_state_dict` and `config`.
         allow: what may differ between the tokens' capture and that which the SAE was trained on, such as
             `[step, height, width]`. Other prompts and seeds always may; another width of tokens never.
         fused: with `precision: bf16-mixed` on an NVIDIA GPU, encode and pool at once by hand-made kernels, if they
@@ -117,7 +117,7 @@ class SAEScoring(LightningModule):
 def check_spec(
     ours: CaptureSpec | None, theirs: CaptureSpec, our_name: str, their_name: str, ignore: Collection[str] = ()
 ) -> None:
-    """ValueError naming each field in which two specs differ; a seed checkpoint's unknown spec agrees with any."""
+    """ValueError naming each field in which two specs differ; the unknown spec of a `.pt` checkpoint agrees with any."""
     different = differences(ours, theirs, ignore) if ours is not None else []
     if different:
         raise ValueError(

@@ -67,7 +67,7 @@ class FluxSteering(LightningModule):
     Run it with `test`. Model, size, schedule, guidance and site are those of the SAE's capture.
 
     Args:
-        sae: folder of an SAE, or a seed checkpoint.
+        sae: folder of an SAE, or a `.pt` checkpoint with `model_state_dict` and `config`.
         select: which features, as a selection from the features table or as a list of their numbers.
         strengths: of each feature, one after the other: for `add` in units of the mean token norm at the site;
             for `scale` the factor of the code (0 ablates the feature); for `clamp` the code's new value, in units
@@ -79,7 +79,7 @@ class FluxSteering(LightningModule):
         mask: a picture whose brightness says how much each token is edited; by default all are.
         n_random: random directions beside each strength.
         model: a folder or hub id of the same weights, when they have moved since the capture.
-        shards: set of tokens that says what a seed checkpoint was trained on; other SAEs know.
+        shards: set of tokens that says what a `.pt` checkpoint was trained on; other SAEs know.
         seed: decides the random directions.
     """
 

@@ -1,4 +1,4 @@
-"""SAEs on disk: ours, and the seed's."""
+"""SAEs on disk: ours, and checkpoints of `model_state_dict` and `config`."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_damage_names_the_file(tmp_path: Path) -> None:
             load_sae(tmp_path)
 
 
-def seed_checkpoint(path: Path, **config: Any) -> dict[str, torch.Tensor]:
+def state_dict_checkpoint(path: Path, **config: Any) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     weights = {
         "pre_bias": torch.randn(6, generator=generator),
@@ -94,9 +94,9 @@ def seed_checkpoint(path: Path, **config: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("use_topk", [True, False])
-def test_a_seed_checkpoint_computes_what_the_seed_did(tmp_path: Path, use_topk: bool) -> None:
-    w = seed_checkpoint(tmp_path / "seed.pt", use_topk=use_topk, topk_k=3)
-    sae = load_sae(tmp_path / "seed.pt")
+def test_a_checkpoint_of_a_state_dict_computes_what_its_weights_say(tmp_path: Path, use_topk: bool) -> None:
+    w = state_dict_checkpoint(tmp_path / "checkpoint.pt", use_topk=use_topk, topk_k=3)
+    sae = load_sae(tmp_path / "checkpoint.pt")
     x = torch.randn(10, 6)
     pre = (x - w["pre_bias"]) @ w["encoder.weight"].T + w["encoder.bias"]
     codes = pre.relu()
@@ -108,14 +108,14 @@ def test_a_seed_checkpoint_computes_what_the_seed_did(tmp_path: Path, use_topk: 
     assert torch.allclose(sae(x), codes @ w["decoder.weight"].T + w["pre_bias"], atol=1e-5)
 
 
-def test_a_seed_l1_needs_no_k(tmp_path: Path) -> None:
-    seed_checkpoint(tmp_path / "seed.pt", use_topk=False)
-    assert isinstance(load_sae(tmp_path / "seed.pt"), L1)
+def test_an_l1_checkpoint_needs_no_k(tmp_path: Path) -> None:
+    state_dict_checkpoint(tmp_path / "checkpoint.pt", use_topk=False)
+    assert isinstance(load_sae(tmp_path / "checkpoint.pt"), L1)
 
 
-def test_what_is_no_seed_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
+def test_what_is_no_such_checkpoint_says_what_is_missing(tmp_path: Path) -> None:
     torch.save({"weights": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"is not a seed checkpoint .*model_state_dict"):
+    with pytest.raises(ValueError, match=r"is no checkpoint of an SAE .*model_state_dict"):
         load_sae(tmp_path / "other.pt")
     (tmp_path / "noise.pt").write_bytes(b"no checkpoint at all")
     with pytest.raises(ValueError, match="damaged or holds code"):
@@ -134,7 +134,7 @@ class Poison:
 
 def test_a_poisoned_checkpoint_is_refused_and_runs_nothing(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
-    torch.save({"model_state_dict": {}, "config": Poison(marker)}, tmp_path / "seed.pt")
+    torch.save({"model_state_dict": {}, "config": Poison(marker)}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="holds code, which is never run"):
-        load_sae(tmp_path / "seed.pt")
+        load_sae(tmp_path / "checkpoint.pt")
     assert not marker.exists()

@@ -17,8 +17,8 @@ from fluxsae.data.activations import ActivationData
 from fluxsae.kernels import columns
 from fluxsae.runtime.interrupts import LastCheckpoint
 from fluxsae.sae import L1, SAE, BatchTopK, TopK
-from fluxsae.training.module import SAETraining, run_facts
-from fluxsae.training.steps import Objective, choice
+from fluxsae.training.module import SAETraining
+from fluxsae.training.steps import Objective, RunFacts, choice
 from fluxsae.training.steps.choice import why_not_fused
 from fluxsae.training.steps.fused.settings import Settings
 from tests.synthetic import dictionary, token_shards
@@ -155,4 +155,4 @@ def test_an_fp8_encoder_without_fused_steps_is_refused(shards: Path, tmp_path: P
     ],
 )
 def test_kinds_without_one_are_named(sae: SAE, obstacle: str) -> None:
-    assert why_not_fused(sae, run_facts(Trainer(logger=False, accelerator="cpu"))) == obstacle
+    assert why_not_fused(sae, RunFacts("bf16-mixed")) == obstacle

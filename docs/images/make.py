@@ -43,10 +43,17 @@ def scenes(n: int = 6) -> Image.Image:
     return sheet
 
 
+def top_rows(sheet: Image.Image, n_rows: int, of: int = 20, head: float = 0.028) -> Image.Image:
+    """The first rows of a contact sheet of `of` rows below a head that takes a share of its height."""
+    return sheet.crop((0, 0, sheet.width, round(sheet.height * (head + (1 - head) * n_rows / of))))
+
+
 def main() -> None:
     rows = fluxsae.Selection(RUN / "features.csv", 20).rows()
     named = max(rows, key=lambda row: (row.label_share or 0.0, row.coherence or 0.0))
-    save(Image.open(RUN / "figures/contact_sheet.png"), "contact_sheet.png", 760)
+    sheet = Image.open(RUN / "figures/contact_sheet.png")
+    save(sheet, "contact_sheet.png", 760)
+    save(top_rows(sheet, 6), "top_features.png", 760)
     save(Image.open(RUN / f"overlays/feature-{named.feature:05d}.png"), "overlays.png", 520)
     effects = read_csv(RUN / "steering/summary.csv")
     weakest = [row for row in effects if row["strength"] == effects[0]["strength"]]

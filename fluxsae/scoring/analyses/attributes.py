@@ -65,7 +65,7 @@ def compare(table: Sequence[Feature], n_features: int, min_share: float, seed: i
     ranked = [row for row in table if row.alive and row.coherence is not None]
     ranked.sort(key=lambda row: (-(row.coherence or 0.0), row.feature))
     drawn = random.Random(seed).sample(ranked, min(n_features, len(ranked)))
-    groups = [ranked[:n_features], sorted(drawn)]
+    groups = [ranked[:n_features], sorted(drawn, key=lambda row: row.feature)]
     sharing = [sum((row.label_share or 0.0) >= min_share for row in group) for group in groups]
     ids = [[row.feature for row in group] for group in groups]
     return Comparison(min_share, ids[0], sharing[0], ids[1], sharing[1])

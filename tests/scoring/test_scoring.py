@@ -13,8 +13,7 @@ from torch import Tensor
 from fluxsae.records.features import Selection, read_features, update_features
 from fluxsae.sae import save_sae
 from fluxsae.sae.pooling import PlainPooling, Pooled
-from fluxsae.scoring import by_feature
-from fluxsae.scoring import module as scoring
+from fluxsae.scoring import by_feature, reading
 from fluxsae.scoring.analyses.alive import AliveStatistics
 from fluxsae.scoring.analyses.scores_writer import ScoresWriter
 from fluxsae.scoring.analyses.top_images import TopImages
@@ -82,7 +81,7 @@ def test_where_kernels_are_wrong_pytorch_goes_on(
 
     for kind, warns in ((Wrong, True), (PlainPooling, False)):
         caplog.clear()
-        monkeypatch.setattr(scoring, "pooling_of", lambda sae, _, kind=kind: kind(sae))
+        monkeypatch.setattr(reading, "pooling_of", lambda sae, _, kind=kind: kind(sae))
         run(study, ScoresWriter(study.folder / "scores"))
         assert np.allclose(Scores.open(study.folder / "scores").matrix, all_scores(study).numpy(), atol=1e-5)
         assert ("scoring goes on by PyTorch" in caplog.text) == warns

@@ -7,6 +7,7 @@ from fluxsae.scoring.analyses.overlays import Overlays, overlay, read_overlays
 from fluxsae.scoring.analyses.scores_writer import ScoresWriter
 from fluxsae.scoring.analyses.top_images import TopImages
 from fluxsae.scoring.analysis import FeatureAnalysis
+from fluxsae.scoring.by_feature import FeatureScores
 from fluxsae.scoring.clip import Clip, embed, load_clip
 from fluxsae.scoring.maps import FeatureMapping
 from fluxsae.scoring.module import ImageScores, SAEScoring
@@ -19,6 +20,7 @@ __all__ = [
     "Coherence",
     "FeatureAnalysis",
     "FeatureMapping",
+    "FeatureScores",
     "ImageScores",
     "Overlays",
     "SAEScoring",

@@ -8,7 +8,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fluxsae.files import read_json, write_json
+from fluxsae.files import read_json, remove_parts, write_json
 
 Kind = Literal["bool", "int", "float", "text", "ints"]
 Value = bool | int | float | str | tuple[int, ...] | None
@@ -121,6 +121,7 @@ def read_declared(table: Path) -> dict[str, Column]:
 def write_declared(table: Path, columns: Iterable[Column]) -> None:
     """Leave beside a table what its columns are."""
     said = {column.name: {"kind": column.kind, "meaning": column.meaning} for column in columns}
+    remove_parts(declarations(table))  # of a run that was killed
     write_json(declarations(table), {"version": VERSION, "columns": said})
 
 

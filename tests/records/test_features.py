@@ -143,3 +143,11 @@ def test_damaged_declarations_are_refused(table: Path, text: str) -> None:
 def test_numbers_of_a_list_are_told_apart_from_text() -> None:
     column = Column("top_images", "ints", "")
     assert encode(column, [(1, 2), [], None]) == ["1 2", "", None] and decode(column, ["1 2", ""]) == [(1, 2), ()]
+
+
+def test_what_a_killed_run_left_half_written_goes(table: Path) -> None:
+    parts = [table.with_name(f".features-0123abcd{suffix}") for suffix in (".csv", ".json")]
+    for part in parts:
+        part.touch()
+    update_features(table, {"max": [1.0] * 4}, [Column("max", "float", "largest score")])
+    assert not any(part.exists() for part in parts)

@@ -22,7 +22,7 @@ def main() -> None:
         help="the PNG to write (default: %(default)s)",
     )
     parser.add_argument("--n-features", type=int, default=24, help="features of each site (default: %(default)s)")
-    parser.add_argument("--rank-by", choices=("coherence", "max", "frequency", "feature"), default="coherence")
+    parser.add_argument("--rank-by", default="coherence", help="a column of the table (default: %(default)s)")
     given = parser.parse_args()
     left, right = Scores.open(given.left_scores), Scores.open(given.right_scores)
     features = [

@@ -21,7 +21,7 @@ def main() -> None:
     )
     parser.add_argument("--n-features", type=int, default=20, help="how many of the best-ranked features")
     parser.add_argument("--n-images", type=int, default=5, help="examples a feature")
-    parser.add_argument("--rank-by", choices=("coherence", "max", "frequency", "feature"), default="coherence")
+    parser.add_argument("--rank-by", default="coherence", help="a column of the table")
     parser.add_argument(
         "--layout", choices=("pairs", "overlays"), default="pairs", help="original | overlay, or overlay"
     )

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--features", type=Path, default=Path("runs/tiny/features.csv"), help="the features table")
     parser.add_argument("--out", type=Path, default=Path("runs/tiny/figures/decoder.png"), help="the PNG to write")
     parser.add_argument("--n-features", type=int, default=24, help="how many of the best-ranked features to compare")
-    parser.add_argument("--rank-by", choices=("coherence", "max", "frequency", "feature"), default="coherence")
+    parser.add_argument("--rank-by", default="coherence", help="a column of the table")
     given = parser.parse_args()
     weights = load_sae(given.sae).W_dec.detach().numpy()
     decoder(weights, Selection(given.features, given.n_features, given.rank_by).rows(), given.out)

@@ -35,9 +35,11 @@ from fluxsae.sae.pooling import Pooled, pooling_of
 from fluxsae.scoring.analyses.alive import Activity, AliveStatistics
 from fluxsae.scoring.analyses.overlays import Overlays
 from fluxsae.scoring.analyses.scores_writer import ScoresWriter
-from fluxsae.scoring.analyses.top_images import TopImages, TopList
+from fluxsae.scoring.analyses.top_images import TopImages
 from fluxsae.scoring.map_files import MapFile
+from fluxsae.scoring.maps import FeatureMapping
 from fluxsae.scoring.module import SAEScoring
+from fluxsae.scoring.top_lists import TopList
 from fluxsae.shards import SampleRecord, ShardSet, ShardWriter
 from fluxsae.shards.format import Kind
 
@@ -233,7 +235,8 @@ def predict(
         enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
     data = ActivationData(folder / "tokens", images_per_batch=options.batch, num_workers=options.workers, only=only)
-    trainer.predict(SAEScoring(folder / name), data)
+    module = SAEScoring if only is None else FeatureMapping
+    trainer.predict(module(folder / name), data)
     return time.perf_counter() - clock.began
 
 

@@ -27,10 +27,11 @@ class Example(NamedTuple):
 
 
 class SheetRow(NamedTuple):
-    """A feature and its examples, best first."""
+    """A feature and its examples, best first, and by which column of the table it was chosen."""
 
     feature: Feature
     examples: list[Example]
+    rank_by: str = "coherence"
 
 
 def sheet_rows(select: Selection, images: Path, overlays: Path) -> list[SheetRow]:
@@ -48,7 +49,7 @@ def sheet_rows(select: Selection, images: Path, overlays: Path) -> list[SheetRow
             picture = pictures.image(image)
             examples.append(Example(image, picture, overlay(picture, codes, top, mode, colormap)))
         if examples:
-            rows.append(SheetRow(feature, examples))
+            rows.append(SheetRow(feature, examples, select.rank_by))
     if not rows:
         raise ValueError(f"{overlays} has no maps of the selected features; run the overlays stage again.")
     return rows
@@ -79,11 +80,12 @@ def contact_sheet(
         sheet.write((0, 2), title, 17, INK, bold=True)
         sheet.legend(layout)
     for i, row in enumerate(rows):
-        sheet.header(i, row.feature)
+        sheet.header(i, row.feature, row.rank_by)
         sheet.examples(i, row.examples)
     with whole_file(path) as temporary:
         sheet.picture.save(temporary)
-    write_csv(path.with_suffix(".csv"), [_numbers(row) for row in rows], _COLUMNS)
+    ranked = sorted({row.rank_by for row in rows} - set(_COLUMNS))
+    write_csv(path.with_suffix(".csv"), [_numbers(row) for row in rows], [*_COLUMNS, *ranked])
 
 
 _COLUMNS = ("feature", "label", "label_share", "coherence", "coherence_null", "frequency", "images")
@@ -126,7 +128,7 @@ class _Sheet:
         self.box((122, 31, 124, 42), ORANGE)
         self.write((129, 30), "random", 11, MUTED)
 
-    def header(self, i: int, feature: Feature) -> None:
+    def header(self, i: int, feature: Feature, rank_by: str) -> None:
         y = self.top + i * (self.height + _ROW_GAP)
         if i:
             self.box((0, y - _ROW_GAP / 2 - 0.25, self.right, y - _ROW_GAP / 2 + 0.25), FAINT)
@@ -137,6 +139,9 @@ class _Sheet:
             self._coherence(y + 46, feature)
         if feature.frequency is not None:
             self.write((0, y + 66), f"active on {feature.frequency:.1%} of images", 11, MUTED)
+        ranked = feature.columns.get(rank_by)
+        if rank_by not in _COLUMNS and ranked is not None:
+            self.write((0, y + 83), self._fit(f"{rank_by} {ranked:.4g}", 11, False), 11, MUTED)
 
     def examples(self, i: int, examples: Sequence[Example]) -> None:
         y = self.top + i * (self.height + _ROW_GAP)
@@ -186,4 +191,4 @@ def _title(feature: Feature) -> tuple[str, str]:
 
 
 def _numbers(row: SheetRow) -> dict[str, Any]:
-    return {**row.feature._asdict(), "images": " ".join(str(example.image) for example in row.examples)}
+    return {**row.feature.columns, "images": " ".join(str(example.image) for example in row.examples)}

@@ -5,8 +5,8 @@ operation, and a pass over codes of 8,192 tokens and 12,288 features in bf16 is 
 Here every matrix is read once for all that is asked of it: `mask_slopes` masks the slopes, counts what fired and sums
 two gradients in the pass that reads codes and slopes anyway.
 
-Sums over tokens go through parts that a second pass adds up in a fixed order, instead of atomics: two runs give the same
-bits.
+Sums over tokens go through parts that a second pass adds up in a fixed order, instead of atomics: two runs give the
+same bits.
 
 Legend: N tokens, D width, F features, A some of them, R rows and C columns of any matrix.
 """

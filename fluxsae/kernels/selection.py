@@ -1,15 +1,15 @@
 """The k largest pre-activations of each token, where positive, found without sorting (Triton).
 
 Why by hand. torch.topk sorts: of 8,192 rows of 12,288 entries it takes several times as long as the product that made
-them. Nobody needs the order, only which entries are kept. So the k-th largest entry is found by bisection: the bits of a
-positive float order as integers do, and the k-th largest is the largest integer that k entries reach. A bisection is 15
-counts over a row of bf16 and 31 over one of float32, all in registers.
+them. Nobody needs the order, only which entries are kept. So the k-th largest entry is found by bisection: the bits of
+a positive float order as integers do, and the k-th largest is the largest integer that k entries reach. A bisection is
+15 counts over a row of bf16 and 31 over one of float32, all in registers.
 
 `select` wants few entries (k up to 128) and their places. One pass over memory takes the maximum of each of many groups
 of features; only groups that can hold a large entry are read again. Rows with so many equal entries that these groups
-are many go to a second kernel, by a list, so that they do not hold up the others.
-`keep_largest` wants a dense row with zeros, for any k. It holds a whole row in registers, two bf16 numbers in a word, and
-also leaves a bit a code: later passes then read a sixteenth of the bytes to know which codes are above 0.
+are many go to a second kernel, by a list, so that they do not hold up the others. `keep_largest` wants a dense row with
+zeros, for any k. It holds a whole row in registers, two bf16 numbers in a word, and also leaves a bit a code: later
+passes then read a sixteenth of the bytes to know which codes are above 0.
 
 Memory is read once and written once: 0.2 GB each way at these sizes, 0.1 ms of an H200.
 Legend: N tokens, F features, K kept, G groups of features, J groups that may hold one of the largest.

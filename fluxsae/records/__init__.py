@@ -1,6 +1,7 @@
 """What travels with every artefact: specs, statistics of tokens, prompts, the features table."""
 
-from fluxsae.records.features import Feature, Selection, read_features, update_features
+from fluxsae.records.columns import Column
+from fluxsae.records.features import Feature, FeatureTable, Selection, read_features, read_table, update_features
 from fluxsae.records.prompts import Prompt, prompts_hash, read_prompts, shown
 from fluxsae.records.spec import (
     WHICH_IMAGES,
@@ -19,7 +20,9 @@ from fluxsae.records.statistics import Statistics, Sums, merge_sums, statistics_
 __all__ = [
     "WHICH_IMAGES",
     "CaptureSpec",
+    "Column",
     "Feature",
+    "FeatureTable",
     "GenerationSpec",
     "Grid",
     "Prompt",
@@ -35,6 +38,7 @@ __all__ = [
     "prompts_hash",
     "read_features",
     "read_prompts",
+    "read_table",
     "shown",
     "statistics_of",
     "token_grid",

@@ -1,87 +1,177 @@
-"""The features table, `features.csv`: one row a feature, filled in column by column by the analysis callbacks."""
+"""The features table, `features.csv`: one row a feature, filled in column by column by the analyses.
+
+`features.json` beside it says of which kind each column is, and what it means.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from fluxsae.files import read_columns, read_csv, remove_parts, write_columns
-
-COLUMNS = (
-    "feature",
-    "alive",
-    "frequency",
-    "token_frequency",
-    "max",
-    "mean_active",
-    "std_active",
-    "n_images",
-    "class",
-    "coherence",
-    "coherence_null",
-    "coherence_rank",
-    "label",
-    "label_share",
-    "top_images",
+from fluxsae.files import read_columns, remove_parts, unknown_key, write_columns
+from fluxsae.records.columns import (
+    KNOWN,
+    RANKING,
+    Column,
+    Value,
+    column_of,
+    decode,
+    encode,
+    read_declared,
+    write_declared,
 )
-"""The known columns in the order in which the file holds them; others follow alphabetically."""
-
-RankBy = Literal["coherence", "max", "frequency", "feature"]
 
 
-class Feature(NamedTuple):
-    """One row of the table; None where no stage has filled the column in.
+@dataclass(frozen=True)
+class Feature:
+    """One row of the table. `row["name"]` is its value in any column that the table has.
 
-    `frequency` is the share of images on which the feature is active, `token_frequency` that of tokens; `max`,
-    `mean_active` and `std_active` are of S over those images; `top_images` are image indices, best first; `label` is
-    what most top images share.
+    The columns that this project's own analyses fill in are attributes, too. These are None, or empty, also where the
+    table lacks the column.
     """
 
-    feature: int
-    alive: bool
-    frequency: float | None
-    max: float | None
-    mean_active: float | None
-    std_active: float | None
-    n_images: int | None
-    coherence: float | None
-    coherence_null: float | None
-    label: str
-    label_share: float | None
-    top_images: tuple[int, ...]
-    token_frequency: float | None = None
+    columns: Mapping[str, Value]
+
+    def __getitem__(self, name: str) -> Any:
+        """KeyError, naming the columns that there are, for another one."""
+        if name not in self.columns:
+            raise KeyError(unknown_key(name, self.columns, "this features table", what="column"))
+        return self.columns[name]
+
+    @property
+    def feature(self) -> int:
+        """Its index in the SAE."""
+        return self["feature"]
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.columns.get("alive"))
+
+    @property
+    def frequency(self) -> float | None:
+        """The share of images on which it is active."""
+        return self._number("frequency")
+
+    @property
+    def token_frequency(self) -> float | None:
+        """The share of tokens on which it has a code."""
+        return self._number("token_frequency")
+
+    @property
+    def max(self) -> float | None:
+        """Its largest score; `mean_active` and `std_active` are of its scores on the images where it is active."""
+        return self._number("max")
+
+    @property
+    def mean_active(self) -> float | None:
+        return self._number("mean_active")
+
+    @property
+    def std_active(self) -> float | None:
+        return self._number("std_active")
+
+    @property
+    def n_images(self) -> int | None:
+        """On how many images it is active."""
+        return self._number("n_images")
+
+    @property
+    def coherence(self) -> float | None:
+        """How alike its top images look to CLIP; `coherence_null` is what random images have."""
+        return self._number("coherence")
+
+    @property
+    def coherence_null(self) -> float | None:
+        return self._number("coherence_null")
+
+    @property
+    def label(self) -> str:
+        """What most of its top images share, such as `object=fox`."""
+        return str(self.columns.get("label") or "")
+
+    @property
+    def label_share(self) -> float | None:
+        """How many of them do."""
+        return self._number("label_share")
+
+    @property
+    def top_images(self) -> tuple[int, ...]:
+        """The images on which it is strongest, best first."""
+        images = self.columns.get("top_images") or ()
+        assert isinstance(images, tuple)
+        return images
+
+    def _number(self, name: str) -> Any:
+        return self.columns.get(name)
 
 
-def update_features(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> None:
+class FeatureTable(NamedTuple):
+    """A table as it was read: its columns in the file's order, and its rows in that of the features."""
+
+    columns: dict[str, Column]
+    rows: list[Feature]
+
+    @property
+    def ranking(self) -> list[str]:
+        """The columns that features can be ranked by."""
+        return [column.name for column in self.columns.values() if column.kind in RANKING]
+
+
+def update_features(path: str | Path, columns: Mapping[str, Sequence[Any]], declared: Sequence[Column] = ()) -> None:
     """Add or replace columns of the table, each a sequence over all features; the file is made when there is none.
 
-    Raises ValueError when a column's length differs from the table's.
+    A column in `declared` has values of the kind that is declared, and `features.json` says so from then on. Another
+    one is stored as it is given, as text or numbers.
+
+    Raises ValueError when a column's length differs from the table's, or a value is of another kind than declared.
     """
     path = Path(path)
     table: dict[str, Sequence[Any]] = dict(read_columns(path)) if path.exists() else {}
+    said = read_declared(path) if table.get("feature") else {}  # what lies beside no table is of an earlier one
     if not table.get("feature"):
         table = {"feature": range(len(next(iter(columns.values()))))}
     n_features = len(table["feature"])
+    kinds = {column.name: column for column in declared}
     for name, values in columns.items():
+        if name == "feature":
+            raise ValueError("column 'feature' is the number of a row, which no analysis fills in; name another.")
         if len(values) != n_features:
             raise ValueError(
                 f"column {name!r} has {len(values)} values but {path} has {n_features} features; "
                 "the table is another SAE's: remove it or name another file."
             )
-        table[name] = values
-    names = [name for name in COLUMNS if name in table] + sorted(table.keys() - set(COLUMNS))
+        table[name] = encode(kinds[name], values) if name in kinds else values
+    names = [name for name in KNOWN if name in table] + sorted(table.keys() - set(KNOWN))
+    if declared:
+        said |= {name: column for name, column in kinds.items() if name in columns}
+        # Before the table, so that no column of it is ever without its kind.
+        write_declared(path, [said[name] for name in names if name in said])
     remove_parts(path)
     write_columns(path, {name: table[name] for name in names})
 
 
-def read_features(path: str | Path) -> list[Feature]:
-    """The rows in feature order. FileNotFoundError without a table, ValueError when a field does not parse."""
+def read_table(path: str | Path) -> FeatureTable:
+    """The table with all its columns. FileNotFoundError where there is none, ValueError when a field does not parse."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no features table at {path}; run the scores stage first.")
-    return [_parse(row, path) for row in read_csv(path)]
+    texts, declared = read_columns(path), read_declared(path)
+    columns = {name: column_of(name, values, declared) for name, values in texts.items()}
+    try:
+        values = {name: decode(column, texts[name]) for name, column in columns.items()}
+        if None in values.get("feature", [None]):
+            raise ValueError("column 'feature' is missing or has gaps")
+    except ValueError as error:
+        raise ValueError(f"{path} has rows that are no features ({error}); make the table again.") from error
+    rows = zip(*values.values(), strict=True)
+    return FeatureTable(columns, [Feature(dict(zip(columns, row, strict=True))) for row in rows])
+
+
+def read_features(path: str | Path) -> list[Feature]:
+    """The rows in feature order. FileNotFoundError without a table, ValueError when a field does not parse."""
+    return read_table(path).rows
 
 
 @dataclass(frozen=True)
@@ -91,63 +181,44 @@ class Selection:
     Args:
         table: the features table.
         n_features: how many of the best-ranked alive features to take; null for all that have a rank.
-        rank_by: the column that ranks them, largest first (`feature`: in index order).
+        rank_by: the column that ranks them, any that holds numbers or true and false, largest first; `feature` in
+            index order.
         n_images: top images a feature.
         features: take exactly these instead of ranking.
+        ascending: rank the smallest first.
     """
 
     table: Path
     n_features: int | None = 20
-    rank_by: RankBy = "coherence"
+    rank_by: str = "coherence"
     n_images: int = 9
     features: tuple[int, ...] | None = None
+    ascending: bool = False
 
     def rows(self) -> list[Feature]:
-        """The selected rows, best first. ValueError for an unknown feature, or a ranking not yet made."""
-        table = read_features(self.table)
+        """The selected rows, best first. ValueError for an unknown feature, or a ranking that there is not."""
+        table = read_table(self.table)
         if self.features is not None:
             for feature in self.features:
-                if not 0 <= feature < len(table):
+                if not 0 <= feature < len(table.rows):
                     raise ValueError(
-                        f"feature {feature} is not in {self.table}, which has features 0 to {len(table) - 1}."
+                        f"feature {feature} is not in {self.table}, which has features 0 to {len(table.rows) - 1}."
                     )
-            return [table[feature] for feature in self.features]
-        ranked = [row for row in table if row.alive and getattr(row, self.rank_by) is not None]
+            return [table.rows[feature] for feature in self.features]
+        if self.rank_by in table.columns and self.rank_by not in table.ranking:
+            raise ValueError(
+                f"features cannot be ranked by {self.rank_by!r}, a column of kind "
+                f"{table.columns[self.rank_by].kind}; {self.table} has {', '.join(table.ranking)} to rank by."
+            )
+        ranked = [row for row in table.rows if row.alive and row.columns.get(self.rank_by) is not None]
         if not ranked:
             raise ValueError(
-                f"{self.table} has no alive feature with a value in column {self.rank_by!r}; "
-                "run the scores stage with the callback that fills it in, or rank by another column."
+                f"{self.table} has no alive feature with a value in column {self.rank_by!r}; run the scores stage "
+                f"with the callback that fills it in, or rank by another column: {', '.join(table.ranking)}."
             )
-        sign = 1 if self.rank_by == "feature" else -1
-        return sorted(ranked, key=lambda row: (sign * getattr(row, self.rank_by), row.feature))[: self.n_features]
+        sign = 1 if self.ascending or self.rank_by == "feature" else -1
+        return sorted(ranked, key=lambda row: (sign * row[self.rank_by], row.feature))[: self.n_features]
 
     def images(self) -> list[int]:
         """All images that the selection shows, ascending, each once."""
         return sorted({image for row in self.rows() for image in row.top_images[: self.n_images]})
-
-
-def _parse(row: Mapping[str, str], path: Path) -> Feature:
-    try:
-        return Feature(
-            feature=int(row["feature"]),
-            alive=row.get("alive", "") == "True",
-            frequency=_number(row.get("frequency")),
-            token_frequency=_number(row.get("token_frequency")),
-            max=_number(row.get("max")),
-            mean_active=_number(row.get("mean_active")),
-            std_active=_number(row.get("std_active")),
-            n_images=int(row["n_images"]) if row.get("n_images") else None,
-            coherence=_number(row.get("coherence")),
-            coherence_null=_number(row.get("coherence_null")),
-            label=row.get("label") or "",
-            label_share=_number(row.get("label_share")),
-            top_images=tuple(int(image) for image in (row.get("top_images") or "").split()),
-        )
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{path} has a row that is no feature ({error}): {dict(row)}; make the table again."
-        ) from error
-
-
-def _number(text: str | None) -> float | None:
-    return float(text) if text else None

@@ -6,7 +6,10 @@ from fluxsae.scoring.analyses.coherence import Coherence
 from fluxsae.scoring.analyses.overlays import Overlays, overlay, read_overlays
 from fluxsae.scoring.analyses.scores_writer import ScoresWriter
 from fluxsae.scoring.analyses.top_images import TopImages
+from fluxsae.scoring.analysis import FeatureAnalysis
+from fluxsae.scoring.by_feature import FeatureScores
 from fluxsae.scoring.clip import Clip, embed, load_clip
+from fluxsae.scoring.maps import FeatureMapping
 from fluxsae.scoring.module import ImageScores, SAEScoring
 from fluxsae.scoring.scores import Scores
 
@@ -15,6 +18,9 @@ __all__ = [
     "Attributes",
     "Clip",
     "Coherence",
+    "FeatureAnalysis",
+    "FeatureMapping",
+    "FeatureScores",
     "ImageScores",
     "Overlays",
     "SAEScoring",

@@ -1,4 +1,4 @@
-"""S once more, in the order of features and without its zeros, for whoever asks for all images of a feature.
+"""S once more, in the order of features and without its zeros: what `Scores.of_feature` reads where it is there.
 
 Legend: I images, F features, Z scores above 0, R images of a block.
 """
@@ -43,12 +43,14 @@ def write_by_feature(matrix: Float[np.ndarray, "I F"], folder: Path) -> None:
 
 
 def read_by_feature(folder: Path, feature: int) -> FeatureScores:
-    """One feature's scores, with one read a file. FileNotFoundError where S was not written by feature."""
-    if not (folder / OFFSETS).exists():
-        raise FileNotFoundError(f"{folder} has no scores by feature; run the scores stage with `by_feature: true`.")
+    """One feature's scores, with one read a file. Whether S was written by feature says `has_by_feature`."""
     begin, end = np.load(folder / OFFSETS, mmap_mode="r")[feature : feature + 2]
     parts = (np.load(folder / name, mmap_mode="r")[begin:end] for name in (IMAGES, VALUES))
     return FeatureScores(*(np.array(part) for part in parts))
+
+
+def has_by_feature(folder: Path) -> bool:
+    return (folder / OFFSETS).exists()
 
 
 def _n_active(matrix: Float[np.ndarray, "I F"]) -> Int64[np.ndarray, "F"]:

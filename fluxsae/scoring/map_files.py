@@ -1,6 +1,6 @@
 """Where on images features are active: their codes over the token grid, of many features, in one file.
 
-Legend: P maps (each of a feature on an image), M maps of one feature or image, T tokens an image, R × C token grid.
+Legend: P maps (each of a feature on an image), M maps of one feature or image, R × C token grid.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from fluxsae.files import whole_file
 from fluxsae.records import Feature
-from fluxsae.sae import Pooling
 
 MAPS, INDEX = "maps.npy", "maps-index.npy"
 
@@ -71,26 +68,6 @@ class MapIndex:
     def save(self, folder: Path) -> None:
         with whole_file(folder / INDEX) as temporary:
             np.save(temporary, self.pairs)
-
-
-class Mapped(NamedTuple):
-    """Some maps that were made together, and their rows in the file."""
-
-    rows: Int[np.ndarray, "M"]
-    maps: Float[np.ndarray, "M T"]
-
-
-def map_images(
-    index: MapIndex, pooling: Pooling, images: Int[Tensor, "B"], tokens: Float[Tensor, "B T D"]
-) -> Mapped | None:
-    """All maps on some images, brought to the host together; None where the index has none of them."""
-    rows = [index.of_image(image) for image in images.tolist()]
-    codes = [
-        pooling.codes(one, torch.from_numpy(index.pairs[wanted, 0]).to(one.device)).detach().T
-        for one, wanted in zip(tokens, rows, strict=True)
-        if len(wanted)
-    ]
-    return Mapped(np.concatenate(rows), torch.cat(codes).cpu().numpy()) if codes else None
 
 
 @dataclass(frozen=True)

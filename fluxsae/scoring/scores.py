@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from fluxsae.files import read_csv, read_json
 from fluxsae.records import CaptureSpec
+from fluxsae.scoring.by_feature import FeatureScores, has_by_feature, read_by_feature
 
 MATRIX, IMAGES, SUMMARY = "matrix.npy", "images.csv", "scores.json"
 IMAGE_COLUMNS = ("image", "prompt_id", "repetition", "seed", "prompt")
@@ -46,3 +47,18 @@ class Scores:
                 f"from {IMAGES} and {SUMMARY}; run the scores stage again."
             )
         return cls(folder, matrix, images, CaptureSpec.from_dict(summary["spec"]))
+
+    def of_feature(self, feature: int) -> FeatureScores:
+        """The images on which a feature is active, and its scores there. IndexError for a feature that there is not.
+
+        Scores that were written with `by_feature: true` are one stretch of the disk; in the matrix alone, each image's
+        lies on a page of its own.
+        """
+        n_features = self.matrix.shape[1]
+        if not 0 <= feature < n_features:
+            raise IndexError(f"feature {feature} is not in {self.folder}, which has features 0 to {n_features - 1}.")
+        if has_by_feature(self.folder):
+            return read_by_feature(self.folder, feature)
+        column = np.array(self.matrix[:, feature])
+        images = np.flatnonzero(column).astype(np.int32)
+        return FeatureScores(images, column[images])

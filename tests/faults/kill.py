@@ -293,7 +293,7 @@ def make_stages(inputs: Path) -> dict[str, Stage]:
         "study": Stage("study", study, _is_result, _look_at_study),
         "capture": Stage("predict", capture, lambda path: True, _look_at_capture),
         "fit": Stage("fit", fit, lambda path: path.parts[0] == "sae", _look_at_fit, ("--ckpt_path", "last")),
-        "scores": Stage("predict", scores, lambda path: path.name != "features.csv", _look_at_scores),
+        "scores": Stage("predict", scores, lambda path: path.stem != "features", _look_at_scores),
     }
 
 

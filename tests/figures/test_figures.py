@@ -23,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 def features(n: int) -> list[Feature]:
-    return [Feature(i, True, 0.1, 1.0, 1.0, 1.0, 3, 0.5, 0.4, "object=fox" if i % 2 else "", 0.9, ()) for i in range(n)]
+    return [Feature({"feature": i, "alive": True, "label": "object=fox" if i % 2 else ""}) for i in range(n)]
 
 
 def is_picture(path: Path) -> bool:

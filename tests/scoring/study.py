@@ -14,6 +14,7 @@ from fluxsae.data.activations import ActivationData
 from fluxsae.records.features import Selection
 from fluxsae.sae import SAE, TopK, save_sae
 from fluxsae.scoring.module import SAEScoring
+from fluxsae.scoring.reading import CodeReading
 from fluxsae.shards.read import ShardSet
 from tests.synthetic import image_shards, token_shards
 
@@ -55,13 +56,14 @@ def run(
     images_per_batch: int = 5,
     only: Selection | None = None,
     allow: list[str] | None = None,
+    module: type[CodeReading] = SAEScoring,
     **trainer: object,
 ) -> None:
-    """Score the study with these callbacks."""
+    """Score the study, or map its features, with these callbacks."""
     options = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False, **trainer}
     scorer = Trainer(callbacks=list(callbacks), enable_checkpointing=False, enable_model_summary=False, **options)
     data = ActivationData(study.tokens.folder, images_per_batch=images_per_batch, only=only)
-    scorer.predict(SAEScoring(study.folder / "sae", allow), data)
+    scorer.predict(module(study.folder / "sae", allow), data)
 
 
 def all_scores(study: Study) -> torch.Tensor:

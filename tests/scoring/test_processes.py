@@ -14,6 +14,7 @@ from fluxsae.data.activations import ActivationData
 from fluxsae.records.features import Selection
 from fluxsae.sae.checkpoint import read_config
 from tests.random_clip import random_clip
+from tests.scoring.selectivity import Selectivity
 from tests.scoring.study import Study, make_study, run
 
 SCRIPT = """
@@ -39,6 +40,7 @@ def score(study: Study, name: str, **trainer: object) -> None:
     from fluxsae.scoring.analyses.overlays import Overlays
     from fluxsae.scoring.analyses.scores_writer import ScoresWriter
     from fluxsae.scoring.analyses.top_images import TopImages
+    from fluxsae.scoring.maps import FeatureMapping
 
     out = study.folder / name
     table = out / "features.csv"
@@ -49,10 +51,11 @@ def score(study: Study, name: str, **trainer: object) -> None:
         AliveStatistics(table, min_images=1),
         TopImages(table, 4),
         Coherence(table, study.images.folder, clip, n_images=4, n_null=5),
+        Selectivity(table),
         **trainer,
     )
     select = Selection(table, n_features=4, rank_by="max", n_images=3)
-    run(study, Overlays(out / "overlays", study.images.folder, select), only=select, **trainer)
+    run(study, Overlays(out / "overlays", study.images.folder, select), only=select, module=FeatureMapping, **trainer)
 
 
 @pytest.mark.slow

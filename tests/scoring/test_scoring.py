@@ -13,8 +13,7 @@ from torch import Tensor
 from fluxsae.records.features import Selection, read_features, update_features
 from fluxsae.sae import save_sae
 from fluxsae.sae.pooling import PlainPooling, Pooled
-from fluxsae.scoring import by_feature
-from fluxsae.scoring import module as scoring
+from fluxsae.scoring import by_feature, reading
 from fluxsae.scoring.analyses.alive import AliveStatistics
 from fluxsae.scoring.analyses.scores_writer import ScoresWriter
 from fluxsae.scoring.analyses.top_images import TopImages
@@ -53,18 +52,23 @@ def test_what_a_capture_skipped_counts_nowhere(tmp_path: Path) -> None:
         assert not {3, 4, 23} & set(feature.top_images)
 
 
-@pytest.mark.parametrize("block", [1, 60, 10**6])
-def test_by_feature(study: Study, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_feature, "_BLOCK", block)
-    with pytest.raises(FileNotFoundError, match="by_feature: true"):
-        read_by_feature(study.folder / "scores", 0)
-    run(study, ScoresWriter(study.folder / "scores", by_feature=True))
-    matrix = Scores.open(study.folder / "scores").matrix
-    found = [read_by_feature(study.folder / "scores", feature) for feature in range(24)]
+@pytest.mark.parametrize("block", [None, 1, 60, 10**6])
+def test_scores_of_a_feature(study: Study, block: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the matrix, or from the files in the order of features, which are filled a block at a time."""
+    monkeypatch.setattr(by_feature, "_BLOCK", block or 1)
+    run(study, ScoresWriter(study.folder / "scores", by_feature=block is not None))
+    scores, asked = Scores.open(study.folder / "scores"), []
+    read = by_feature.read_by_feature
+    monkeypatch.setattr("fluxsae.scoring.scores.read_by_feature", lambda *args: asked.append(args) or read(*args))
+    found = [scores.of_feature(feature) for feature in range(24)]
     for feature, (images, values) in enumerate(found):
-        assert np.array_equal(images, np.flatnonzero(matrix[:, feature]))
-        assert np.array_equal(values, matrix[images, feature])
-    assert 0 < sum(len(scores.images) for scores in found) < matrix.size
+        assert np.array_equal(images, np.flatnonzero(scores.matrix[:, feature]))
+        assert np.array_equal(values, scores.matrix[images, feature])
+    assert 0 < sum(len(one.images) for one in found) < scores.matrix.size
+    assert len(asked) == (0 if block is None else 24)
+    for feature in (-1, 24):
+        with pytest.raises(IndexError, match=f"feature {feature} is not in .*features 0 to 23"):
+            scores.of_feature(feature)
 
 
 def test_by_feature_of_nothing(tmp_path: Path) -> None:
@@ -82,7 +86,7 @@ def test_where_kernels_are_wrong_pytorch_goes_on(
 
     for kind, warns in ((Wrong, True), (PlainPooling, False)):
         caplog.clear()
-        monkeypatch.setattr(scoring, "pooling_of", lambda sae, _, kind=kind: kind(sae))
+        monkeypatch.setattr(reading, "pooling_of", lambda sae, _, kind=kind: kind(sae))
         run(study, ScoresWriter(study.folder / "scores"))
         assert np.allclose(Scores.open(study.folder / "scores").matrix, all_scores(study).numpy(), atol=1e-5)
         assert ("scoring goes on by PyTorch" in caplog.text) == warns

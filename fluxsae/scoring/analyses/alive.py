@@ -5,17 +5,20 @@ Legend: B images of a batch, F features, W parts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from fluxsae.records import update_features
+from fluxsae.records import Column
 from fluxsae.runtime import gather_tensors
-from fluxsae.scoring.module import ImageScores, SAEScoring, all_shards
+from fluxsae.scoring.analysis import FeatureAnalysis
+from fluxsae.scoring.module import ImageScores, SAEScoring
+from fluxsae.shards import ShardSet
 
 
 class Activity(NamedTuple):
@@ -69,7 +72,7 @@ class Activity(NamedTuple):
         return (self.squares / self.n_active.clamp_min(1)).sqrt()
 
 
-class AliveStatistics(Callback):
+class AliveStatistics(FeatureAnalysis):
     """Fills in alive, frequency, token_frequency, max, mean_active, std_active, n_images and class of the table.
 
     The frequency is the share of images on which a feature is active, the token frequency that of tokens on which it
@@ -83,6 +86,17 @@ class AliveStatistics(Callback):
         common: features of a higher frequency are of class common; the others are moderate.
     """
 
+    columns = (
+        Column("alive", "bool", "whether it is active on enough images"),
+        Column("frequency", "float", "share of images on which it is active"),
+        Column("token_frequency", "float", "share of tokens on which it has a code"),
+        Column("max", "float", "largest score"),
+        Column("mean_active", "float", "mean score on the images on which it is active"),
+        Column("std_active", "float", "standard deviation of the score on the images on which it is active"),
+        Column("n_images", "int", "images on which it is active"),
+        Column("class", "text", "dead, rare, moderate or common, by frequency"),
+    )
+
     def __init__(
         self, features: Path, epsilon: float = 1e-3, min_images: int = 3, rare: float = 0.01, common: float = 0.5
     ) -> None:
@@ -91,40 +105,30 @@ class AliveStatistics(Callback):
                 f"min_images is {min_images}, epsilon {epsilon}, rare {rare} and common {common}; "
                 "expected min_images ≥ 1, epsilon ≥ 0 and 0 ≤ rare ≤ common ≤ 1."
             )
-        self.features = Path(features)
+        super().__init__(features)
         self.epsilon = epsilon
         self.min_images = min_images
         self.rare = rare
         self.common = common
-        self._activity: Activity | None = None
-        self._n_fired = torch.zeros(0)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, SAEScoring)
-        all_shards(trainer)
-        self._activity = Activity.none(pl_module.sae.n_features, pl_module.device)
-        self._n_fired = torch.zeros(pl_module.sae.n_features, dtype=torch.int64, device=pl_module.device)
+    def begin(self, module: SAEScoring, shards: ShardSet) -> None:
+        self._n_tokens = shards.spec.n_tokens
+        self._activity = Activity.none(module.sae.n_features, module.device)
+        self._n_fired = torch.zeros(module.sae.n_features, dtype=torch.int64, device=module.device)
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        assert isinstance(outputs, ImageScores) and self._activity is not None
-        self._activity = self._activity.merge(Activity.of(outputs.scores, self.epsilon))
-        self._n_fired += outputs.fired.sum(dim=0)
+    def update(self, batch: ImageScores) -> None:
+        self._activity = self._activity.merge(Activity.of(batch.scores, self.epsilon))
+        self._n_fired += batch.fired.sum(dim=0)
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._activity is not None
+    def finish(self, trainer: Trainer) -> Mapping[str, Sequence[Any]]:
         parts = [gather_tensors(trainer, field) for field in self._activity]
         total = Activity(*(field[0] for field in parts))
         for rank in range(1, trainer.world_size):
             total = total.merge(Activity(*(field[rank] for field in parts)))
         n_fired = gather_tensors(trainer, self._n_fired).sum(dim=0)
-        if trainer.is_global_zero:
-            columns = table_columns(total, self.min_images, self.rare, self.common)
-            n_tokens = int(total.n_seen) * all_shards(trainer).spec.n_tokens
-            columns["token_frequency"] = (n_fired.double() / n_tokens).tolist()
-            update_features(self.features, columns)
-        trainer.strategy.barrier("alive")
+        n_tokens = int(total.n_seen) * self._n_tokens
+        columns = table_columns(total, self.min_images, self.rare, self.common)
+        return {**columns, "token_frequency": (n_fired.double() / n_tokens).tolist()}
 
 
 def table_columns(activity: Activity, min_images: int, rare: float, common: float) -> dict[str, list[Any]]:

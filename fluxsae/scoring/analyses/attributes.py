@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 
 from fluxsae.files import remove_parts, write_json
-from fluxsae.records import Feature, read_features, read_prompts, update_features
-from fluxsae.scoring.module import all_shards
+from fluxsae.records import Column, Feature, read_features, read_prompts
+from fluxsae.scoring.analysis import FeatureAnalysis
+from fluxsae.scoring.module import SAEScoring
+from fluxsae.shards import ShardSet
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +67,13 @@ def compare(table: Sequence[Feature], n_features: int, min_share: float, seed: i
     ranked = [row for row in table if row.alive and row.coherence is not None]
     ranked.sort(key=lambda row: (-(row.coherence or 0.0), row.feature))
     drawn = random.Random(seed).sample(ranked, min(n_features, len(ranked)))
-    groups = [ranked[:n_features], sorted(drawn)]
+    groups = [ranked[:n_features], sorted(drawn, key=lambda row: row.feature)]
     sharing = [sum((row.label_share or 0.0) >= min_share for row in group) for group in groups]
     ids = [[row.feature for row in group] for group in groups]
     return Comparison(min_share, ids[0], sharing[0], ids[1], sharing[1])
 
 
-class Attributes(Callback):
+class Attributes(FeatureAnalysis):
     """Fills in label and label_share of the features table, and leaves the comparison of coherent and random features.
 
     Reads the columns top_images, alive and coherence of the table when scoring has ended: name it after the callbacks
@@ -86,6 +88,11 @@ class Attributes(Callback):
         seed: decides the random features.
     """
 
+    columns = (
+        Column("label", "text", "the attribute that most tells its top images from others"),
+        Column("label_share", "float", "share of its top images that have it"),
+    )
+
     def __init__(
         self,
         features: Path,
@@ -95,41 +102,35 @@ class Attributes(Callback):
         min_share: float = 0.8,
         seed: int = 0,
     ) -> None:
-        self.features = Path(features)
+        super().__init__(features)
         self.prompts = Path(prompts)
         self.n_images = n_images
         self.n_compare = n_compare
         self.min_share = min_share
         self.seed = seed
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        all_shards(trainer)
+    def begin(self, module: SAEScoring, shards: ShardSet) -> None:
         read_prompts(self.prompts)  # a wrong file ends the run before the scoring, not after it
+        self._shards = shards
 
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            self._label(trainer)
-        trainer.strategy.barrier("attributes")
-
-    def _label(self, trainer: Trainer) -> None:
+    def finish(self, trainer: Trainer) -> Mapping[str, Sequence[Any]]:
+        if not trainer.is_global_zero:  # the table is read, by whoever writes it
+            return {}
         values = [attribute_values(prompt.attributes) for prompt in read_prompts(self.prompts)]
         if not any(values):
             logger.info("the prompts in %s carry no attributes, so features get no labels", self.prompts)
-            return
-        shards = all_shards(trainer)
-        columns = label_columns(
-            [
-                [values[shards.record(image).prompt_id] for image in row.top_images[: self.n_images]]
-                for row in read_features(self.features)
-            ],
-            frequencies(values),
-            self.min_share,
-        )
-        update_features(self.features, columns)
-        comparison = compare(read_features(self.features), self.n_compare, self.min_share, self.seed)
+            return {}
+        table = read_features(self.features)
+        top = [[values[self._shards.record(i).prompt_id] for i in row.top_images[: self.n_images]] for row in table]
+        columns = label_columns(top, frequencies(values), self.min_share)
+        labelled = [
+            Feature({**row.columns, "label_share": share})
+            for row, share in zip(table, columns["label_share"], strict=True)
+        ]
         path = self.features.with_name("attributes.json")
         remove_parts(path)
-        write_json(path, comparison._asdict())
+        write_json(path, compare(labelled, self.n_compare, self.min_share, self.seed)._asdict())
+        return columns
 
 
 def frequencies(values: Sequence[frozenset[str]]) -> dict[str, float]:

@@ -5,21 +5,23 @@ Legend: M images of a set, R sets, N images embedded, E width of an embedding, F
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
-from fluxsae.records import differences, update_features
+from fluxsae.records import Column, differences
 from fluxsae.runtime import gather_tensors
-from fluxsae.scoring.analyses.top_images import TopList, gather_top
+from fluxsae.scoring.analyses.top_images import COLUMN as TOP_IMAGES
+from fluxsae.scoring.analysis import FeatureAnalysis
 from fluxsae.scoring.clip import embed, load_clip
-from fluxsae.scoring.module import ImageScores, SAEScoring, all_shards, prompt_key
+from fluxsae.scoring.module import SAEScoring, prompt_key
+from fluxsae.scoring.top_lists import TopLists
 from fluxsae.shards import ShardSet
 
 _CANDIDATES = 4
@@ -69,7 +71,7 @@ def share_out(candidates: Sequence[Sequence[int]], order: Sequence[int], n_image
     return chosen
 
 
-class Coherence(Callback):
+class Coherence(FeatureAnalysis):
     """Fills in coherence, coherence_null and coherence_rank (1 is the most coherent) of the features table.
 
     Coherence is of exactly `n_images` images, since smaller sets are higher by chance more often: a feature that is
@@ -89,6 +91,13 @@ class Coherence(Callback):
         seed: decides the random sets.
     """
 
+    columns = (
+        Column("coherence", "float", "mean cosine of the CLIP embeddings of its top images"),
+        Column("coherence_null", "float", "the same of random images"),
+        Column("coherence_rank", "int", "1 is the most coherent"),
+        TOP_IMAGES,
+    )
+
     def __init__(
         self,
         features: Path,
@@ -103,7 +112,7 @@ class Coherence(Callback):
     ) -> None:
         if n_images < 2 or n_null < 1:
             raise ValueError(f"n_images is {n_images} and n_null {n_null}; expected at least 2 images and 1 set.")
-        self.features = Path(features)
+        super().__init__(features)
         self.images = Path(images)
         self.clip = clip
         self.n_images = n_images
@@ -112,42 +121,35 @@ class Coherence(Callback):
         self.unique_globally = unique_globally
         self.batch_size = batch_size
         self.seed = seed
-        self._top: TopList | None = None
+        self._top: TopLists
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, SAEScoring)
-        check_images(ShardSet.open(self.images, "images"), all_shards(trainer))
+    def begin(self, module: SAEScoring, shards: ShardSet) -> None:
+        check_images(ShardSet.open(self.images, "images"), shards)
         load_clip(self.clip)  # a wrong name ends the run before the scoring, not after it
-        depth = self.n_images * (_CANDIDATES if self.unique_globally else 1)
-        self._top = TopList(pl_module.sae.n_features, depth, self.unique_prompts, pl_module.device)
+        self._device, self._top = module.device, module.top
+        self._top.ask(self._depth, self.unique_prompts)
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        assert isinstance(outputs, ImageScores) and self._top is not None
-        self._top.add(outputs.images, outputs.prompts, outputs.scores)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._top is not None
-        candidates = gather_top(trainer, self._top).ids()
+    def finish(self, trainer: Trainer) -> Mapping[str, Sequence[Any]]:
+        candidates = self._top.ids(trainer, self._depth, self.unique_prompts)
         sets = {f: ids[: self.n_images] for f, ids in enumerate(candidates) if len(ids) >= self.n_images}
         null = self._null_sets(ShardSet.open(self.images, "images"))
         needed = sorted({image for ids in [*sets.values(), *null] for image in ids})
-        embeddings = self._embed(trainer, pl_module, needed)
-        if trainer.is_global_zero:
-            row = {image: i for i, image in enumerate(needed)}
-            indices = [torch.tensor([[row[i] for i in ids] for ids in group]) for group in (list(sets.values()), null)]
-            values = coherence(embeddings, indices[0].reshape(-1, self.n_images)).tolist()
-            columns = table_columns(
-                dict(zip(sets, values, strict=True)), float(coherence(embeddings, indices[1]).mean()), len(candidates)
-            )
-            if self.unique_globally:
-                ranks = columns["coherence_rank"]
-                order = sorted(range(len(ranks)), key=lambda f: (ranks[f] or len(ranks) + 1, f))
-                shared = share_out(candidates, order, self.n_images)
-                columns["top_images"] = [" ".join(map(str, ids)) for ids in shared]
-            update_features(self.features, columns)
-        trainer.strategy.barrier("coherence")
+        embeddings = self._embed(trainer, needed)
+        row = {image: i for i, image in enumerate(needed)}
+        indices = [torch.tensor([[row[i] for i in ids] for ids in group]) for group in (list(sets.values()), null)]
+        values = coherence(embeddings, indices[0].reshape(-1, self.n_images)).tolist()
+        columns = table_columns(
+            dict(zip(sets, values, strict=True)), float(coherence(embeddings, indices[1]).mean()), len(candidates)
+        )
+        if self.unique_globally:
+            ranks = columns["coherence_rank"]
+            order = sorted(range(len(ranks)), key=lambda f: (ranks[f] or len(ranks) + 1, f))
+            columns[TOP_IMAGES.name] = share_out(candidates, order, self.n_images)
+        return columns
+
+    @property
+    def _depth(self) -> int:
+        return self.n_images * (_CANDIDATES if self.unique_globally else 1)
 
     def _null_sets(self, images: ShardSet) -> list[list[int]]:
         def prompt_of(image: int) -> int:
@@ -157,14 +159,14 @@ class Coherence(Callback):
             len(images), prompt_of, self.n_images, self.n_null, unique_prompts=self.unique_prompts, seed=self.seed
         )
 
-    def _embed(self, trainer: Trainer, pl_module: LightningModule, needed: list[int]) -> Float[Tensor, "N E"]:
+    def _embed(self, trainer: Trainer, needed: list[int]) -> Float[Tensor, "N E"]:
         """Embeddings of the needed images in order; every process embeds each W-th, the last ones again to fill up."""
         images = ShardSet.open(self.images, "images")
-        clip = load_clip(self.clip, pl_module.device)
+        clip = load_clip(self.clip, self._device)
         share = -(-len(needed) // trainer.world_size)
         wanted = [min(i * trainer.world_size + trainer.global_rank, len(needed) - 1) for i in range(share)]
         mine = embed(clip, (images.image(needed[i]) for i in wanted), self.batch_size)
-        parts = gather_tensors(trainer, mine.to(pl_module.device)).cpu()
+        parts = gather_tensors(trainer, mine.to(self._device)).cpu()
         return parts.transpose(0, 1).flatten(0, 1)[: len(needed)]
 
 

@@ -19,8 +19,9 @@ from fluxsae.files import read_csv, read_json, whole_file, write_csv, write_json
 from fluxsae.records import Selection, parse_site
 from fluxsae.runtime import OneRunOnly, SharedArray
 from fluxsae.scoring.analyses.coherence import check_images
-from fluxsae.scoring.map_files import MAPS, FeatureMaps, MapFile, MapIndex, map_images
-from fluxsae.scoring.module import SAEScoring, scored_shards
+from fluxsae.scoring.map_files import MAPS, FeatureMaps, MapFile, MapIndex
+from fluxsae.scoring.maps import map_images, reading_of
+from fluxsae.scoring.reading import CodeReading, shards_of
 from fluxsae.shards import ShardSet
 
 Mode = Literal["smooth", "patch"]
@@ -93,6 +94,8 @@ def _to_bytes(values: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
 class Overlays(OneRunOnly):
     """Leaves maps of codes on top images, and pictures with them for a selection; generates nothing again.
 
+    `FeatureMapping` is the module for it. Under `SAEScoring`, as in the first edition, it leaves the same more slowly.
+
     All maps are in `maps.npy` [P, R, C], and `maps-index.npy` says of which feature and image each is. Pictures are
     `feature-00017.png`; `overlays.csv` has a row an image of them: its largest code, where on the grid that is, the
     code shown in full colour, and the row of its map.
@@ -136,29 +139,30 @@ class Overlays(OneRunOnly):
         self.keep = keep
         self._index = MapIndex.of()
         self._maps: SharedArray | None = None
+        self._module: CodeReading
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        shards = scored_shards(trainer)
+        module, shards = reading_of(pl_module, self), shards_of(trainer)
         if parse_site(shards.spec.site).stream == "text":
             raise ValueError(
                 f"{shards.spec.site} has text tokens, which lie nowhere on an image; overlay an image site."
             )
         check_images(ShardSet.open(self.images, "images"), shards)
         kept = [(self.keep.rows(), self.keep.n_images)] if self.keep is not None else []
+        self._module = module
         self._index = MapIndex.of((self.select.rows(), self.select.n_images), *kept)
         if trainer.is_global_zero:
             (self.folder / TABLE).unlink(missing_ok=True)
         self._maps = SharedArray(trainer, self.folder / MAPS, (len(self._index), *shards.spec.generation.grid))
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TokenBatch, batch_idx: int, *_: Any
     ) -> None:
-        assert isinstance(batch, TokenBatch) and isinstance(pl_module, SAEScoring) and self._maps is not None
-        found = map_images(self._index, pl_module.pooling, batch.images, batch.tokens)
+        assert self._maps is not None
+        found = map_images(self._index, self._module.pooling, batch.images, batch.tokens)
         if found is not None:
-            if not np.isfinite(found.maps).all():
-                where = scored_shards(trainer).first_not_finite(batch.images.tolist())
-                raise FloatingPointError(f"a code is NaN or infinite. {where or 'The SAE is damaged'}.")
+            finite = bool(np.isfinite(found.maps).all())
+            self._module.check_finite(finite=finite, images=batch.images.tolist(), what="a code")
             self._maps.write(found.rows, found.maps.reshape(len(found.rows), *self._maps.array.shape[1:]))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

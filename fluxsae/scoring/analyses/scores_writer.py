@@ -12,7 +12,8 @@ from fluxsae.files import remove_parts, write_csv, write_json
 from fluxsae.records import read_prompts
 from fluxsae.runtime import OneRunOnly, SharedArray
 from fluxsae.scoring.by_feature import FILES, OFFSETS, write_by_feature
-from fluxsae.scoring.module import ImageScores, SAEScoring, all_shards
+from fluxsae.scoring.module import ImageScores, scoring_of
+from fluxsae.scoring.reading import all_shards
 from fluxsae.scoring.scores import IMAGE_COLUMNS, IMAGES, MATRIX, SUMMARY
 from fluxsae.shards import ShardSet
 
@@ -38,8 +39,7 @@ class ScoresWriter(OneRunOnly):
         self._matrix: SharedArray | None = None
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, SAEScoring)
-        shape = (len(all_shards(trainer)), pl_module.sae.n_features)
+        shape = (len(all_shards(trainer)), scoring_of(pl_module, self).sae.n_features)
         if trainer.is_global_zero:
             (self.folder / SUMMARY).unlink(missing_ok=True)
             (self.folder / OFFSETS).unlink(missing_ok=True)
@@ -48,9 +48,9 @@ class ScoresWriter(OneRunOnly):
         self._matrix = SharedArray(trainer, self.folder / MATRIX, shape)
 
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: ImageScores, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        assert isinstance(outputs, ImageScores) and self._matrix is not None
+        assert self._matrix is not None
         self._matrix.write(outputs.images.cpu().numpy(), outputs.scores.float().cpu().numpy())
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

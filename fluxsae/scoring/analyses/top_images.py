@@ -1,107 +1,23 @@
-"""The images on which each feature is strongest, kept while images stream by.
-
-Legend: B images of a batch, F features, K kept.
-"""
+"""The images on which each feature is strongest."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning.pytorch import Trainer
 
-from fluxsae.records import update_features
-from fluxsae.runtime import gather_tensors
-from fluxsae.scoring.module import ImageScores, SAEScoring, all_shards
+from fluxsae.records import Column
+from fluxsae.scoring.analysis import FeatureAnalysis
+from fluxsae.scoring.module import SAEScoring
+from fluxsae.scoring.top_lists import TopLists
+from fluxsae.shards import ShardSet
 
-if _HAS_TRITON := find_spec("triton") is not None:
-    from fluxsae.kernels import best_images
+COLUMN = Column("top_images", "ints", "the images on which it is strongest, best first")
 
 
-class TopList:
-    """The `n_images` best images of every feature so far, the earlier image before the later among equals.
-
-    Only images with S > 0 count. With `unique_prompts`, of each prompt only the best image does. The result is the same
-    in whatever batches and order the images come: what a full list drops can never belong to the best again. `ids`
-    tells it best first; after `add` on an NVIDIA GPU the fields themselves are in any order.
-    """
-
-    scores: Float[Tensor, "F K"]
-    images: Int[Tensor, "F K"]
-    prompts: Int[Tensor, "F K"]
-
-    def __init__(
-        self, n_features: int, n_images: int, unique_prompts: bool = True, device: torch.device | str = "cpu"
-    ) -> None:
-        self.unique_prompts = unique_prompts
-        self._by_kernel = _HAS_TRITON and torch.device(device).type == "cuda" and torch.version.hip is None
-        self.scores = torch.zeros(n_features, n_images, device=device)
-        self.images = torch.full((n_features, n_images), -1, device=device)
-        self.prompts = torch.full((n_features, n_images), -1, device=device)
-
-    def add(self, images: Int[Tensor, "B"], prompts: Int[Tensor, "B"], scores: Float[Tensor, "B F"]) -> None:
-        """Take note of a batch. Only features that it could improve are sorted again, few once lists are full."""
-        scores = scores.float()
-        if self._by_kernel:
-            lists = self.images, self.prompts, self.scores
-            best_images.keep_best(images, prompts, scores.contiguous(), *lists, self.unique_prompts)
-            return
-        rows = (scores.amax(dim=0) >= self.scores[:, -1]).nonzero().squeeze(1)
-        rows = rows[scores.amax(dim=0)[rows] > 0]
-        n = len(rows)
-        self._merge(rows, images.expand(n, -1), prompts.expand(n, -1), scores.T[rows])
-
-    def merge(self, images: Int[Tensor, "F K"], prompts: Int[Tensor, "F K"], scores: Float[Tensor, "F K"]) -> None:
-        """Take note of another list's content."""
-        rows = torch.arange(len(self.scores), device=self.scores.device)
-        self._merge(rows, images, prompts, scores)
-
-    def ids(self) -> list[list[int]]:
-        """The image indices of every feature, best first; a feature active on fewer images has fewer."""
-        order = self.images.argsort(dim=1, stable=True)
-        order = order.gather(1, self.scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
-        return [[image for image in row if image >= 0] for row in self.images.gather(1, order).tolist()]
-
-    def _merge(self, rows: Tensor, images: Tensor, prompts: Tensor, scores: Tensor) -> None:
-        images = torch.cat([self.images[rows], images], dim=1)
-        prompts = torch.cat([self.prompts[rows], prompts], dim=1)
-        scores = torch.cat([self.scores[rows], scores], dim=1)
-        order = images.argsort(dim=1, stable=True)
-        order = order.gather(1, scores.gather(1, order).argsort(dim=1, descending=True, stable=True))
-        images, prompts, scores = (x.gather(1, order) for x in (images, prompts, scores))
-        if self.unique_prompts:
-            scores = scores.masked_fill(_repeats(prompts), 0)
-        kept = scores.argsort(dim=1, descending=True, stable=True)[:, : self.scores.shape[1]]
-        images, prompts, scores = (x.gather(1, kept) for x in (images, prompts, scores))
-        empty = scores <= 0
-        self.scores[rows] = scores.clamp_min(0)
-        self.images[rows] = images.masked_fill(empty, -1)
-        self.prompts[rows] = prompts.masked_fill(empty, -1)
-
-
-def _repeats(prompts: Int[Tensor, "R K"]) -> Tensor:
-    """Where a row's prompt has come before, as a mask [R, K]."""
-    order = prompts.argsort(dim=1, stable=True)
-    ordered = prompts.gather(1, order)
-    same = torch.zeros_like(ordered, dtype=torch.bool)
-    same[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return torch.zeros_like(same).scatter(1, order, same)
-
-
-def gather_top(trainer: Trainer, top: TopList) -> TopList:
-    """The list over the images of all processes, the same in each of them."""
-    parts = [gather_tensors(trainer, tensor) for tensor in (top.images, top.prompts, top.scores)]
-    total = TopList(top.scores.shape[0], top.scores.shape[1], top.unique_prompts, top.scores.device)
-    for images, prompts, scores in zip(*parts, strict=True):
-        total.merge(images, prompts, scores)
-    return total
-
-
-class TopImages(Callback):
+class TopImages(FeatureAnalysis):
     """Fills in the column top_images of the features table.
 
     Args:
@@ -110,28 +26,19 @@ class TopImages(Callback):
         unique_prompts: at most one image of a prompt.
     """
 
+    columns = (COLUMN,)
+
     def __init__(self, features: Path, n_images: int = 9, unique_prompts: bool = True) -> None:
         if n_images < 1:
             raise ValueError(f"n_images is {n_images}, expected at least 1.")
-        self.features = Path(features)
+        super().__init__(features)
         self.n_images = n_images
         self.unique_prompts = unique_prompts
-        self._top: TopList | None = None
+        self._top: TopLists
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, SAEScoring)
-        all_shards(trainer)
-        self._top = TopList(pl_module.sae.n_features, self.n_images, self.unique_prompts, pl_module.device)
+    def begin(self, module: SAEScoring, shards: ShardSet) -> None:
+        self._top = module.top
+        self._top.ask(self.n_images, self.unique_prompts)
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        assert isinstance(outputs, ImageScores) and self._top is not None
-        self._top.add(outputs.images, outputs.prompts, outputs.scores)
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._top is not None
-        top = gather_top(trainer, self._top)
-        if trainer.is_global_zero:
-            update_features(self.features, {"top_images": [" ".join(map(str, row)) for row in top.ids()]})
-        trainer.strategy.barrier("top images")
+    def finish(self, trainer: Trainer) -> Mapping[str, Sequence[Any]]:
+        return {COLUMN.name: self._top.ids(trainer, self.n_images, self.unique_prompts)}

@@ -31,8 +31,10 @@ def test_shared_attribute() -> None:
 
 
 def test_compare() -> None:
-    blank = Feature(0, True, None, None, None, None, None, None, None, "", None, ())
-    table = [blank._replace(feature=i, coherence=i / 10, label_share=1.0 if i > 5 else 0.5) for i in range(10)]
+    table = [
+        Feature({"feature": i, "alive": True, "coherence": i / 10, "label_share": 1.0 if i > 5 else 0.5})
+        for i in range(10)
+    ]
     result = compare(table, 3, 0.8, seed=0)
     assert result.coherent == [9, 8, 7] and result.coherent_sharing == 3
     assert len(result.random) == 3 and result.random_sharing == sum(i > 5 for i in result.random)

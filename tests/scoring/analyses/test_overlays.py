@@ -15,6 +15,7 @@ from fluxsae.scoring.analyses.alive import AliveStatistics
 from fluxsae.scoring.analyses.overlays import Overlays, clip_value, overlay, read_overlays, scales
 from fluxsae.scoring.analyses.top_images import TopImages
 from fluxsae.scoring.map_files import MapFile
+from fluxsae.scoring.maps import FeatureMapping
 from tests.scoring.study import make_study, run
 
 
@@ -46,9 +47,19 @@ def test_maps_of_all_alive_features(tmp_path: Path) -> None:
     drawn = Selection(study.features, n_features=2, rank_by="max", n_images=6)
     overlays = Overlays(tmp_path / "overlays", study.images.folder, drawn, keep=every)
     with pytest.raises(ValueError, match=r"\d+ of \d+ maps .* `only` leaves out"):
-        run(study, overlays, only=Selection(study.features, n_features=1, rank_by="max", n_images=1))
+        run(
+            study,
+            overlays,
+            only=Selection(study.features, n_features=1, rank_by="max", n_images=1),
+            module=FeatureMapping,
+        )
     assert not (tmp_path / "overlays" / "maps.npy").exists()
-    run(study, overlays, only=Selection(study.features, n_features=None, rank_by="feature", n_images=6))
+    run(
+        study,
+        overlays,
+        only=Selection(study.features, n_features=None, rank_by="feature", n_images=6),
+        module=FeatureMapping,
+    )
     maps, pairs = (np.load(tmp_path / "overlays" / name) for name in ("maps.npy", "maps-index.npy"))
     codes = study.sae.encode(study.tokens.tokens_batch(range(24))).detach().numpy()
     expected = codes[pairs[:, 1], :, pairs[:, 0]].reshape(-1, 4, 4)
@@ -73,7 +84,7 @@ def test_callback_and_contact_sheet(tmp_path: Path) -> None:
     study = make_study(tmp_path)
     run(study, AliveStatistics(study.features), TopImages(study.features, 4))
     select = Selection(study.features, n_features=3, rank_by="max", n_images=3)
-    run(study, Overlays(tmp_path / "overlays", study.images.folder, select), only=select)
+    run(study, Overlays(tmp_path / "overlays", study.images.folder, select), only=select, module=FeatureMapping)
     drawn = read_overlays(tmp_path / "overlays")
     for row in select.rows():
         maps, tops = drawn.of(row.feature, 3)

@@ -8,9 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch import Callback, Trainer
 
 from fluxsae.records.features import read_features
-from fluxsae.scoring.analyses.top_images import TopImages, TopList
+from fluxsae.scoring.analyses.coherence import Coherence
+from fluxsae.scoring.analyses.top_images import TopImages
+from fluxsae.scoring.top_lists import TopList, TopLists
+from tests.random_clip import random_clip
 from tests.scoring.study import all_scores, make_study, run
 
 
@@ -63,3 +67,30 @@ def test_callback(tmp_path: Path) -> None:
     scores, prompts = all_scores(study), [record.prompt_id for record in study.tokens.records]
     for row in read_features(study.features):
         assert list(row.top_images) == by_sorting(scores[:, row.feature].tolist(), prompts, 4, True)
+
+
+def test_one_list_serves_all_who_ask_for_the_same(tmp_path: Path) -> None:
+    study, clip = make_study(tmp_path), random_clip(tmp_path / "clip")
+    one_process = Trainer(logger=False, accelerator="cpu", devices=1)
+    scores, images = all_scores(study), torch.arange(24)
+    prompts, tops = images // 2, TopLists()
+    asked = [(2, True), (6, True), (4, True), (3, False)]
+    for n_images, unique in asked:
+        tops.ask(n_images, unique)
+    for part in images.split(5):
+        tops.add(part, prompts[part], scores[part])
+    assert [top.scores.shape[1] for top in tops._lists.values()] == [6, 3]
+    for n_images, unique in asked:
+        expected = [by_sorting(scores[:, f].tolist(), prompts.tolist(), n_images, unique) for f in range(24)]
+        assert tops.ids(one_process, n_images, unique) == expected
+
+    def kept(*analyses: Callback) -> list[tuple[int, ...]]:
+        run(study, *analyses)
+        return [row.top_images for row in read_features(study.features)]
+
+    alone = kept(TopImages(study.features, 4))
+    deep = Coherence(study.features, study.images.folder, clip, n_images=6, n_null=2)
+    assert kept(TopImages(study.features, 4), deep) == alone
+    coherent = [row.coherence for row in read_features(study.features)]
+    kept(deep)
+    assert [row.coherence for row in read_features(study.features)] == coherent

@@ -1,8 +1,8 @@
 """Reconstruction, its error and the gradient of the codes from one gather of decoder rows (Triton).
 
-Why by hand. With k = 32 of 12,288 features, a dense product multiplies 99.7 % zeros: 618 GFLOP, 0.8 ms. Gathering 32 rows
-a token reads 8,192 · 32 · 6 kB = 1.6 GB, which memory alone would take 0.4 ms for, and autograd would gather a second
-time for the gradient of the codes. Served from the cache, and with both results from one gather, it is 0.3 ms.
+Why by hand. With k = 32 of 12,288 features, a dense product multiplies 99.7 % zeros: 618 GFLOP, 0.8 ms. Gathering 32
+rows a token reads 8,192 · 32 · 6 kB = 1.6 GB, which memory alone would take 0.4 ms for, and autograd would gather a
+second time for the gradient of the codes. Served from the cache, and with both results from one gather, it is 0.3 ms.
 
 recon[d] needs only channel d of the chosen rows, so a tile of channels gives its part of the error at once, and with it
 its part of every code's gradient, while the rows are still in registers. Tiles of channels are worked off one after

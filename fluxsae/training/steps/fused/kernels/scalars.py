@@ -1,8 +1,8 @@
 """The few numbers of a step, each group in one launch: tokens' weights, the loss, and Adam's factors (Triton).
 
-Why. A step asks for some dozens of small numbers: lengths, their mean, weights, the loss, Adam's corrections. Each small
-PyTorch operation costs 5 µs of the host and 2 of the device, some 0.2 ms a step together. They also must lie on the
-device, as a recorded graph sees only memory, and may not wait for the host.
+Why. A step asks for some dozens of small numbers: lengths, their mean, weights, the loss, Adam's corrections. Each
+small PyTorch operation costs 5 µs of the host and 2 of the device, some 0.2 ms a step together. They also must lie on
+the device, as a recorded graph sees only memory, and may not wait for the host.
 Legend: N tokens, D width, P tiles of channels.
 """
 

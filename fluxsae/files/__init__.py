@@ -1,6 +1,6 @@
 """Whole files, JSON, CSV, YAML, hashes, and a lock for each folder. Nothing of ours is imported here."""
 
-from fluxsae.files.bundled import bundled, weights_folder
+from fluxsae.files.bundled_files import bundled, weights_folder
 from fluxsae.files.folder_lock import FolderInUseError, FolderLock
 from fluxsae.files.json_files import hash_json, read_json, sealed, unsealed, write_json
 from fluxsae.files.seeds import derived_seed

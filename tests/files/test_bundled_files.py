@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fluxsae.files import bundled as public
-from fluxsae.files.bundled import bundled, weights_folder
+from fluxsae.files.bundled_files import bundled, weights_folder
 from fluxsae.models.load import model_folder, weights_identity
 from fluxsae.scoring.clip import load_clip
 from fluxsae.study.plan import content_hash
@@ -25,7 +25,7 @@ def test_a_clone_has_it_at_its_top() -> None:
 
 def test_an_installed_package_has_it_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fluxsae" / "bundled" / "configs").mkdir(parents=True)
-    monkeypatch.setattr("fluxsae.files.bundled._PACKAGE", tmp_path / "fluxsae")
+    monkeypatch.setattr("fluxsae.files.bundled_files._PACKAGE", tmp_path / "fluxsae")
     assert bundled("configs") == tmp_path / "fluxsae" / "bundled" / "configs"
 
 

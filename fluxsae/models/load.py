@@ -74,9 +74,9 @@ def model_folder(model: str | Path) -> Path:
     `bundled:NAME` means weights that come with the package.
     Raises FileNotFoundError when there is neither. What looks like a path is never asked of the hub.
     """
-    folder = weights_folder(model).expanduser()
-    if not (folder.is_dir() or _looks_like_path(str(folder))):
+    if is_on_hub(model):
         return _from_hub(str(model))
+    folder = weights_folder(model).expanduser()
     if not (folder / "model_index.json").is_file():
         what = f"{folder} has no model_index.json" if folder.is_dir() else f"there is no folder {folder}"
         raise FileNotFoundError(
@@ -84,6 +84,12 @@ def model_folder(model: str | Path) -> Path:
             "or a hub id such as black-forest-labs/FLUX.1-dev."
         )
     return folder
+
+
+def is_on_hub(model: str | Path) -> bool:
+    """Whether `model` means files of the hub; a name that is no folder, but looks like a path, is a mistake instead."""
+    folder = weights_folder(model).expanduser()
+    return not (folder.is_dir() or _looks_like_path(str(folder)))
 
 
 def weights_identity(model: str | Path) -> str:

@@ -29,7 +29,7 @@ def read_figures(arguments: Sequence[str], root: Path | None = None) -> Figures:
     parser.add_argument("-c", "--config", action="config", help="which figures to draw, as YAML")
     parser.add_class_arguments(Figures)
     try:
-        found = parser.instantiate_classes(parser.parse_args(given.words()))
+        found = parser.instantiate(parser.parse_args(given.words()))
     except (argparse.ArgumentError, ValueError) as error:
         if isinstance(error, ValueError) and not is_report(str(error)):
             raise

@@ -58,7 +58,7 @@ def start_study(
     own_prompts = prompts or template / Path(capture["data"]["init_args"]["prompts"]).name
     kept = {own_prompts: f"prompts{own_prompts.suffix}"} | {path: path.name for path in template.glob("*.txt")}
     n_prompts = len(read_prompts(own_prompts))
-    for name in (STUDY_FILE, *files, *kept.values()):
+    for name in (STUDY_FILE, *map(str, files), *kept.values()):
         if (folder / name).exists():
             raise ValueError(f"{folder} has a {name} already, which init does not overwrite; name another folder.")
 

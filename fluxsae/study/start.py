@@ -5,6 +5,7 @@ Configs are changed line by line, so that they keep their comments.
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 from collections.abc import Sequence
@@ -13,10 +14,9 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from fluxsae.files import bundled, unknown_key, weights_folder, write_text
+from fluxsae.files import bundled, unknown_key, write_text
 from fluxsae.records import check_step, parse_site, read_prompts, token_grid
 from fluxsae.study.config_files import STUDY_FILE, read_mapping
-from fluxsae.study.plan import read_study
 
 
 class Start(NamedTuple):
@@ -52,56 +52,43 @@ def start_study(
     when a site is no module of the model, or when the folder has such files already.
     """
     template = _template(like)
-    capture = read_mapping(template / "capture.yaml")
-    settings = capture["model"]["init_args"]
-    files = {path.relative_to(template): path.read_text(encoding="utf-8") for path in sorted(template.rglob("*.yaml"))}
-    own_prompts = prompts or template / Path(capture["data"]["init_args"]["prompts"]).name
-    kept = {own_prompts: f"prompts{own_prompts.suffix}"} | {path: path.name for path in template.glob("*.txt")}
+    settings = _settings(template)
+    own_prompts = prompts or template / "prompts.jsonl"
     n_prompts = len(read_prompts(own_prompts))
-    for name in (STUDY_FILE, *map(str, files), *kept.values()):
-        if (folder / name).exists():
-            raise ValueError(f"{folder} has a {name} already, which init does not overwrite; name another folder.")
-
     chosen = _Choice(
         _as_written(model) if model is not None else settings["model"],
         tuple(map(str, map(parse_site, sites or settings["sites"]))),
         tuple(steps or settings["steps"]),
+        f"prompts{own_prompts.suffix}",
     )
     for step in chosen.steps:
-        check_step(step, settings.get("n_steps", 20))
+        check_step(step, settings["n_steps"])
     width = _width(chosen, settings)
-    changes = {
-        "model": chosen.model,
-        "sites": list(chosen.sites),
-        "steps": list(chosen.steps),
-        "prompts": f"${{here}}/prompts{own_prompts.suffix}",
+    texts = {
+        path.relative_to(template).as_posix(): path.read_text(encoding="utf-8").replace(f"configs/{like}", str(folder))
+        for path in sorted(template.rglob("*.yaml"))
     }
-    shards = _shards(settings["sites"][0], settings["steps"][0]), _shards(chosen.sites[0], chosen.steps[0])
-    for name, text in files.items():
-        text = text.replace(f"configs/{like}/", f"{folder.as_posix()}/").replace(*shards)
-        if name == Path(STUDY_FILE):
-            text = _with_value(text, "root", "${here}/run")
-        if name == Path("capture.yaml"):
-            for key, value in changes.items():
-                text = _with_value(text, key, value)
-        files[name] = _with_value(text, "d_in", width) if width is not None else text
+    copies = {chosen.prompts: own_prompts} | {path.name: path for path in template.glob("*.txt")}
+    for name in (STUDY_FILE, *texts, *copies):
+        if (folder / name).exists():
+            raise ValueError(f"{folder} has a {name} already, which init does not overwrite; name another folder.")
 
-    for name, text in files.items():
+    for name, text in _changed(texts, chosen, settings, width).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         write_text(folder / name, text)
-    for path, copy in kept.items():
-        shutil.copyfile(path, folder / copy)
-    read_study(folder / STUDY_FILE)
+    for name, path in copies.items():
+        shutil.copyfile(path, folder / name)
     check = _to_check(chosen, settings, width)
     if prompts is not None:
         check.append(f"steering-prompts.txt holds the prompts of {like}, on which features are tried out.")
-    return Start(folder, *chosen, n_prompts, tuple(check))
+    return Start(folder, chosen.model, chosen.sites, chosen.steps, n_prompts, tuple(check))
 
 
 class _Choice(NamedTuple):
     model: str
     sites: tuple[str, ...]
     steps: tuple[int, ...]
+    prompts: str
 
 
 def _template(like: str) -> Path:
@@ -111,6 +98,36 @@ def _template(like: str) -> Path:
     return studies[like]
 
 
+def _settings(template: Path) -> dict[str, Any]:
+    """How a bundled study captures: what its config says, and the defaults of what it does not."""
+    from fluxsae.capture import FluxCapture  # which takes seconds to import
+
+    parameters = inspect.signature(FluxCapture).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    return {**defaults, **read_mapping(template / "capture.yaml")["model"]["init_args"]}
+
+
+def _changed(texts: dict[str, str], chosen: _Choice, settings: dict[str, Any], width: int | None) -> dict[str, str]:
+    """The configs of a bundled study with what was chosen in place of what it had."""
+    values: dict[str, dict[str, Any]] = {
+        STUDY_FILE: {"root": "${here}/run"},
+        "capture.yaml": {
+            "model": chosen.model,
+            "sites": list(chosen.sites),
+            "steps": list(chosen.steps),
+            "prompts": f"${{here}}/{chosen.prompts}",
+        },
+    }
+    shards = _shards(settings["sites"][0], settings["steps"][0]), _shards(chosen.sites[0], chosen.steps[0])
+    changed = {}
+    for name, text in texts.items():
+        text = text.replace(*shards)
+        for key, value in {**values.get(name, {}), **({} if width is None else {"d_in": width})}.items():
+            text = _with_value(text, key, value)
+        changed[name] = text
+    return changed
+
+
 def _as_written(model: str) -> str:
     """A folder by its full path, so that the study may be run from anywhere; other names as they are."""
     return str(Path(model).expanduser().resolve()) if Path(model).expanduser().is_dir() else model
@@ -118,14 +135,13 @@ def _as_written(model: str) -> str:
 
 def _width(chosen: _Choice, settings: dict[str, Any]) -> int | None:
     """D at the first site, found without weights; None when the model is not on this machine."""
-    from fluxsae.models import is_on_hub, token_shapes, transformer_skeleton  # which take seconds to import
+    from fluxsae.models import is_on_hub, token_shapes, transformer_skeleton
 
     if is_on_hub(chosen.model):
         return None
-    grid = token_grid(settings.get("height", 256), settings.get("width", 256))
-    skeleton = transformer_skeleton(weights_folder(chosen.model))
-    shapes = token_shapes(skeleton, list(map(parse_site, chosen.sites)), grid, settings.get("text_length", 512))
-    return shapes[0].width
+    grid = token_grid(settings["height"], settings["width"])
+    sites = [parse_site(site) for site in chosen.sites]
+    return token_shapes(transformer_skeleton(chosen.model), sites, grid, settings["text_length"])[0].width
 
 
 def _shards(site: str, step: int) -> str:

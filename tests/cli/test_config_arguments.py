@@ -15,8 +15,6 @@ from fluxsae.cli.command import main
 from fluxsae.cli.config_arguments import read_arguments
 from fluxsae.cli.figures import read_figures
 from fluxsae.cli.trainer import TrainerCLI
-from fluxsae.runtime import LastCheckpoint
-from fluxsae.training.module import SAETraining
 from tests.synthetic import token_shards
 
 ParserOnly: Any = type("ParserOnly", (TrainerCLI,), {"instantiate_classes": lambda self: None})
@@ -263,19 +261,3 @@ def test_a_wrong_override_of_figures_is_one_sentence(
     assert main(["figures", "-c", str(config), *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
-
-
-def test_checkpoints_of_a_library_user_lie_in_the_trainer_s_folder(shards: Path, tmp_path: Path) -> None:
-    from lightning.pytorch import Trainer
-
-    from fluxsae.data.activations import ActivationData
-    from fluxsae.sae import TopK
-
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    for epochs in (1, 2):
-        where = {"default_root_dir": tmp_path / "root", "callbacks": [LastCheckpoint()]}
-        trainer = Trainer(accelerator="cpu", max_epochs=epochs, **where, **quiet)
-        model = SAETraining(TopK(16, 24, 4), tmp_path / "sae")
-        trainer.fit(model, ActivationData(shards, batch_size=12), ckpt_path="last" if epochs > 1 else None)
-        found = torch.load(tmp_path / "root" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-        assert found == 6 * epochs

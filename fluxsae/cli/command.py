@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fluxsae",
         description="Read, see and steer what a FLUX.1 text-to-image transformer represents.",
-        epilog="Try `fluxsae study -c configs/tiny/study.yaml`. `fluxsae COMMAND --help` tells all options of "
+        epilog="Try `fluxsae demo`, then `fluxsae init FOLDER`. `fluxsae COMMAND --help` tells all options of "
         "a command; --traceback (or FLUXSAE_TRACEBACK=1) shows where an error arose.",
     )
     parser.add_argument("--version", action="version", version=f"fluxsae {fluxsae.__version__}")

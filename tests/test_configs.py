@@ -27,6 +27,7 @@ from fluxsae.records.features import Selection, read_features
 from fluxsae.records.prompts import read_prompts
 from fluxsae.sae import TopK
 from fluxsae.sae.checkpoint import load_sae
+from fluxsae.study.config_files import read_config, read_mapping
 from fluxsae.study.plan import read_study
 from fluxsae.training.module import SAETraining
 from tests.random_flux import random_flux
@@ -85,7 +86,7 @@ def test_every_training_keeps_a_checkpoint_from_its_first_epoch_on(
 ) -> None:
     configured = parse("fit", path).trainer
     (kept,) = (each for each in configured.callbacks if each.class_path.endswith("Checkpoint"))
-    assert kept.init_args.dirpath == f"{configured.default_root_dir}/checkpoints"
+    assert kept.init_args.dirpath is None and configured.default_root_dir is None  # so they follow the SAE's folder
     module, _, name = kept.class_path.rpartition(".")
     keep = getattr(import_module(module), name)(**{**vars(kept.init_args), "dirpath": str(tmp_path / "checkpoints")})
     watch = LongEpochs(tmp_path / "checkpoints" / "last.ckpt")
@@ -100,15 +101,24 @@ def test_every_training_keeps_a_checkpoint_from_its_first_epoch_on(
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_figures_fit_the_signatures(name: str) -> None:
-    assert read_figures(CONFIGS / name / "figures.yaml").select.table.parts[0] == "runs"
+    arguments = ["-c", str(CONFIGS / name / "figures.yaml")]
+    assert read_figures(arguments).folder == Path("runs", name, "figures")
+    assert read_figures([*arguments, "--root", "mine"]).select.table == Path("mine", "features.csv")
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_brings_its_prompts(name: str) -> None:
     """So that nothing but the model is left to name."""
     for stage, n_prompts in (("capture", 500), ("steering", 1)):
-        values = yaml.safe_load((CONFIGS / name / f"{stage}.yaml").read_text())
-        assert len(read_prompts(CONFIGS.parent / values["data"]["init_args"]["prompts"])) >= n_prompts
+        values = read_config(CONFIGS / name / f"{stage}.yaml")
+        assert len(read_prompts(values["data"]["init_args"]["prompts"])) >= n_prompts
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_study_s_folder_is_said_once(path: Path) -> None:
+    lines = [line for line in path.read_text().splitlines() if not line.startswith(("#", "    #"))]
+    said = [line for line in lines if "runs/" in line or "configs/" in line or "checkpoints/" in line]
+    assert said == ([f"root: runs/{path.parent.name}"] if path.stem == "study" else [])
 
 
 @pytest.fixture(scope="module", params=STUDIES)
@@ -121,14 +131,14 @@ def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     prompts = [{"prompt": HOSTILE.format(i), "object": HOSTILE, "place": ("left", "right")[i % 2]} for i in range(14)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     for path in (CONFIGS / request.param).glob("*.yaml"):
-        values = yaml.safe_load(path.read_text())
-        (folder / path.name).write_text(yaml.safe_dump(rewrite(values, folder, request.param)))
+        (folder / path.name).write_text(yaml.safe_dump(rewrite(read_mapping(path), folder)))
     return folder / "study.yaml"
 
 
-def rewrite(value: Any, folder: Path, name: str) -> Any:
-    """A config's values with this machine's paths and small sizes, and nothing else changed."""
+def rewrite(value: Any, folder: Path) -> Any:
+    """A config's values with another model, prompts and root and small sizes, and nothing else changed."""
     small = {
+        "root": "${here}/run",
         "model": str(folder / "flux"),
         "prompts": str(folder / "prompts.jsonl"),
         "clip": f"local-dir:{folder / 'clip'}",
@@ -150,18 +160,14 @@ def rewrite(value: Any, folder: Path, name: str) -> Any:
         "strengths": [0.0, 2.0],
     }
     if isinstance(value, list):
-        return [rewrite(part, folder, name) for part in value]
-    if isinstance(value, str):
-        for ours, theirs in ((f"runs/{name}", folder / "run"), (f"configs/{name}", folder)):
-            value = value.replace(ours, str(theirs))
-        return value
+        return [rewrite(part, folder) for part in value]
     if not isinstance(value, dict):
         return value
     new = {}
     for key, part in value.items():
         scalar = not isinstance(part, dict)
-        fixed = key in small and scalar and "/run/" not in str(rewrite(part, folder, name))
-        new[key] = small[key] if fixed else rewrite(part, folder, name)
+        fixed = key in small and scalar and "${root}" not in str(part)
+        new[key] = small[key] if fixed else rewrite(part, folder)
     if "sites" in new:
         new |= {"height": 64, "width": 32, "text_length": 8}
     if new.get("class_path", "").endswith("PromptData"):
@@ -246,7 +252,7 @@ def _check_steering(folder: Path) -> None:
     )
     assert moved and all(float(row["ssim_distance"]) > 0 for row in moved)
     assert {row["kind"] for row in rows} == {"feature", "random"}
-    select = yaml.safe_load((folder.parent / "steering.yaml").read_text())["model"]["init_args"]["select"]
+    select = read_config(folder.parent / "steering.yaml")["model"]["init_args"]["select"]
     features = {row.feature for row in Selection(**{**select, "table": Path(select["table"])}).rows()}
     assert {int(row["feature"]) for row in rows} == features
     assert {path.name for path in (folder / "steering").glob("*.png")} == {f"feature-{f:05d}.png" for f in features}

@@ -27,6 +27,7 @@ from fluxsae.cli.command import main as fluxsae_main
 from fluxsae.files.json_files import read_json, write_json
 from fluxsae.scoring.map_files import MapFile
 from fluxsae.shards.read import ShardSet
+from fluxsae.study import read_config
 
 CLIP = "local-dir:checkpoints/tiny-clip"
 SMALL = {
@@ -116,7 +117,7 @@ def study(bench: Bench, folder: Path, captures: Sequence[Result], options: argpa
 
 def rewritten(name: str, folder: Path, tokens: Path, tiny: bool) -> Path:
     """A stage's config as it stands, but for its folders, a CLIP that is at hand, and `--tiny`'s sizes."""
-    values = yaml.safe_load((CONFIG.parent / f"{name}.yaml").read_text().replace("runs/flux-dev", str(folder)))
+    values = read_config(CONFIG.parent / f"{name}.yaml", folder)
 
     def change(value: Any) -> Any:
         if isinstance(value, list):

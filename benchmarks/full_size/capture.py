@@ -34,6 +34,7 @@ from fluxsae.cli.command import main as fluxsae_main
 from fluxsae.files.json_files import read_json, write_json
 from fluxsae.records.prompts import read_prompts
 from fluxsae.shards.read import ShardSet
+from fluxsae.study import read_config
 
 CONFIG = Path("configs/flux-dev/capture.yaml")
 MEMORY = Path("configs/flux-dev/memory")
@@ -127,7 +128,7 @@ class Bench:
         self.n_processes = n_processes
         self.folder = folder
         self.configs = [CONFIG]
-        self.values = yaml.safe_load(CONFIG.read_text())
+        self.values = read_config(CONFIG)
         self.setting: dict[str, Any] = {"height": pixels, "width": pixels, **(SCHNELL if schnell else {})}
         self.how: dict[str, Any] = self.values["model"]["init_args"] | self.setting
         self.frame = folder / "model"

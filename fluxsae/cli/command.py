@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fluxsae
-from fluxsae.files import unknown_key
+from fluxsae.files import bundled, unknown_key
 
 VERBS = {
     "fit": "train a sparse autoencoder on captured tokens",
@@ -26,6 +26,9 @@ VERBS = {
     "test": "steer features and measure what changes",
 }
 """The Trainer's verbs and what they do here."""
+
+COMMANDS = ("init", "study", "demo", "figures", "verify")
+"""All others."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -48,45 +51,69 @@ def main(args: Sequence[str] | None = None) -> int:
         return 2
 
 
-def run_stage(verb: str, arguments: Sequence[str]) -> None:
+def run_stage(verb: str, arguments: Sequence[str], root: Path | None = None) -> None:
     """Run a Trainer verb in this process, as `fluxsae VERB ARGUMENTS…` does, and let its errors through.
 
-    Nothing keeps what it had in memory, which is free once it has been collected.
+    `root` is the study's folder, where it is known. Nothing keeps what the verb had in memory, so that is free once it
+    has been collected.
     """
     from fluxsae.cli.trainer import TrainerCLI  # Lightning takes seconds to import, which `--help` need not wait for
 
     _quieten()  # after the import, which sets its loggers' levels
-    vars(TrainerCLI.start(verb, arguments)).clear()  # jsonargparse holds on to it until another one is parsed
+    vars(
+        TrainerCLI.start(verb, arguments, root=root)
+    ).clear()  # jsonargparse holds on to it until another one is parsed
 
 
-def _run_stage_of_study(command: str, config: Path, more: Sequence[str] = ()) -> None:
+def _draw(arguments: Sequence[str], root: Path | None = None) -> list[Path]:
+    from fluxsae.cli.figures import read_figures
+    from fluxsae.figures import draw_figures
+
+    return draw_figures(read_figures(arguments, root))
+
+
+def _run_stage_of_study(command: str, config: Path, more: Sequence[str], root: Path) -> None:
+    arguments = ["-c", str(config), *more]
     if command == "figures":
-        from fluxsae.cli.figures import read_figures
-        from fluxsae.figures import draw_figures
-
-        draw_figures(read_figures(config))
+        _draw(arguments, root)
     else:
-        run_stage(command, ["-c", str(config), *more])
+        run_stage(command, arguments, root)
 
 
 def _run(arguments: list[str]) -> int:
     verb = arguments[0] if arguments else ""
     if verb in VERBS:
         return _run_interruptible(partial(run_stage, verb, arguments[1:]), arguments)
-    options = _parser().parse_args(arguments or ["--help"])
-    if options.command == "study":
-        from fluxsae.study import run_study
-
-        run = partial(run_study, options.config, _run_stage_of_study, force=options.force or (), until=options.until)
-        return _run_interruptible(run, arguments)
-    if options.command == "figures":
-        from fluxsae.cli.figures import read_figures
-        from fluxsae.figures import draw_figures
-
-        for path in draw_figures(read_figures(options.config)):
+    if verb == "figures":
+        for path in _draw(arguments[1:]):
             print(path)
         return 0
+    options = _parser().parse_args(arguments or ["--help"])
+    if options.command in ("study", "demo"):
+        return _run_interruptible(partial(_study, options), arguments)
+    if options.command == "init":
+        return _init(options)
     return _verify(options.folder)
+
+
+def _study(options: argparse.Namespace) -> None:
+    from fluxsae.study import run_study
+
+    config = bundled("configs/tiny") / "study.yaml" if options.command == "demo" else options.config
+    run_study(config, _run_stage_of_study, force=options.force or (), until=options.until, root=options.root)
+
+
+def _init(options: argparse.Namespace) -> int:
+    from fluxsae.study import start_study
+
+    start = start_study(options.folder, options.like, options.prompts, options.model, options.sites, options.steps)
+    sites, steps = ", ".join(start.sites), ", ".join(map(str, start.steps))
+    print(f"{start.folder} holds a study like {options.like}: {start.n_prompts} prompts, {start.model},")
+    print(f"  {sites} at step {steps}.")
+    for text in start.check:
+        print(f"  Check: {text}")
+    print(f"Run it, from anywhere, with:\n  fluxsae study -c {shlex.quote(str(start.folder / 'study.yaml'))}")
+    return 0
 
 
 def _run_interruptible(run: Callable[[], None], arguments: list[str]) -> int:
@@ -146,7 +173,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         if match := re.match(r"argument COMMAND: invalid choice: '([^']*)'", message):
-            message = unknown_key(match[1], (*VERBS, "study", "figures", "verify"), "fluxsae", what="command")
+            message = unknown_key(match[1], (*VERBS, *COMMANDS), "fluxsae", what="command")
         raise ValueError(f"{message} (see `{self.prog} --help`)")
 
 
@@ -154,19 +181,32 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fluxsae",
         description="Read, see and steer what a FLUX.1 text-to-image transformer represents.",
-        epilog="Try `fluxsae study -c configs/tiny/study.yaml`. `fluxsae COMMAND --help` tells all options of "
+        epilog="Try `fluxsae demo`, then `fluxsae init FOLDER`. `fluxsae COMMAND --help` tells all options of "
         "a command; --traceback (or FLUXSAE_TRACEBACK=1) shows where an error arose.",
     )
     parser.add_argument("--version", action="version", version=f"fluxsae {fluxsae.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     study = commands.add_parser("study", help="run every stage of a study, skipping what is complete and unchanged")
     study.add_argument("-c", "--config", type=Path, required=True, help="the study's YAML file")
-    study.add_argument("--force", action="append", metavar="STAGE", help="redo this stage and what needs it (or 'all')")
-    study.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    demo = commands.add_parser("demo", help="run the study of the bundled model, into runs/tiny")
+    for command in (study, demo):
+        command.add_argument("--root", type=Path, metavar="DIR", help="the study's folder, if not the one that it says")
+        command.add_argument(
+            "--force", action="append", metavar="STAGE", help="redo this stage and what needs it (or 'all')"
+        )
+        command.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    init = commands.add_parser("init", help="write a study of one's own, like a bundled one")
+    init.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="for its configs and prompts; results go to FOLDER/run"
+    )
+    init.add_argument("--like", default="tiny", metavar="STUDY", help="the bundled study it is like: tiny or flux-dev")
+    init.add_argument("--prompts", type=Path, metavar="FILE", help="prompts to take in: .txt, .jsonl or .csv")
+    init.add_argument("--model", help="a diffusers pipeline folder or a hub id")
+    init.add_argument("--sites", nargs="+", metavar="SITE", help="modules to capture; SAEs are of the first")
+    init.add_argument("--steps", nargs="+", type=int, metavar="STEP", help="steps to capture; SAEs are of the first")
     for verb, meaning in VERBS.items():
         commands.add_parser(verb, help=f"{meaning} (-c CONFIG)", add_help=False)
-    figures = commands.add_parser("figures", help="draw the figures of a study")
-    figures.add_argument("-c", "--config", type=Path, required=True, help="which figures to draw, as YAML")
+    commands.add_parser("figures", help="draw the figures of a study (-c CONFIG)", add_help=False)
     verify = commands.add_parser("verify", help="check shard sets against their checksums")
     verify.add_argument("folder", type=Path, metavar="FOLDER", help="a shard set, or a folder that holds some")
     return parser

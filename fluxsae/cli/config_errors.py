@@ -11,6 +11,7 @@ from importlib import import_module
 from types import NoneType
 from typing import Any, NamedTuple
 
+from fluxsae.cli.config_arguments import ConfigFile
 from fluxsae.files import unknown_key
 
 
@@ -23,12 +24,22 @@ class Complaint(NamedTuple):
     text: str
 
 
-def explain(report: str, known: Mapping[str, Iterable[str]]) -> str:
-    """The report as one sentence that names the key and, where it looks misspelt, the key that was meant.
+def explain(report: str, known: Mapping[str, Iterable[str]], files: Sequence[ConfigFile] = ()) -> str:
+    """The report as one sentence that names the file, the key and, where it looks misspelt, the key that was meant.
 
-    `known` are the keys that a config file may have, by the key that they stand under; those at the top under `""`.
+    Args:
+        report: what jsonargparse says.
+        known: the keys that a config file may have, by the key that they stand under; those at the top under `""`.
+        files: the config files that were read.
     """
     complaint = innermost(report)
+    source = _source(complaint, files)
+    replaced = bool(files and complaint.keys and not source)
+    return source + _explain(complaint, known, replaced)
+
+
+def _explain(complaint: Complaint, known: Mapping[str, Iterable[str]], replaced: bool) -> str:
+    """`replaced`: no config file says anything of it."""
     at = f" (at {'.'.join(complaint.keys)})" if complaint.keys else ""
     text = complaint.text
     if match := re.fullmatch(r"Option '(.+)' is not accepted", text):
@@ -38,12 +49,34 @@ def explain(report: str, known: Mapping[str, Iterable[str]]) -> str:
         return unknown_key(match[1], _options(owner), _name(complaint, owner)) + at
     if match := re.search(r"does not accept option '(.+)'", text):
         return _unknown_option(match[1], known)
+    if match := re.match(r"unrecognized arguments: --([\w.]+)", text):
+        return _unknown_option(match[1], known, "the command line")
     if match := re.search(r"module '(fluxsae[\w.]*)' has no attribute '(\w+)'", text):
         return unknown_key(match[2], import_module("fluxsae").__all__, match[1], what="class") + at
     if match := re.search(r"arguments are required: (.+)", text):
         missing = ", ".join(name.split(".")[-1] for name in match[1].split(", "))
+        if complaint.class_path is not None:
+            hint = "; what the command line names replaces all that a config file says there" if replaced else ""
+            return f"{complaint.class_path.rpartition('.')[2]} needs {missing}{at}{hint}"
         return f"nothing says what {missing!r} is: name a config file, as in -c configs/tiny/topk.yaml"
     return _plain(text) + at
+
+
+def _source(complaint: Complaint, files: Sequence[ConfigFile]) -> str:
+    """The last file that says the key in question, which is the one that counts."""
+    match = re.search(r"ption '(.+)'", complaint.text)
+    keys = [*complaint.keys, *(match[1].split(".") if match else ())]
+    return next((f"{file.path}: " for file in reversed(files) if keys and _says(file.values, keys)), "")
+
+
+def _says(values: Any, keys: Sequence[str]) -> bool:
+    if not keys:
+        return True
+    if isinstance(values, list):
+        return any(_says(part, keys) for part in values)
+    if not isinstance(values, dict):
+        return False
+    return _says(values[keys[0]], keys[1:]) if keys[0] in values else _says(values.get("init_args"), keys)
 
 
 def is_report(text: str) -> bool:
@@ -83,11 +116,11 @@ def innermost(report: str) -> Complaint:
     return Complaint(tuple(keys), class_path, tuple(since), text)
 
 
-def _unknown_option(option: str, known: Mapping[str, Iterable[str]]) -> str:
+def _unknown_option(option: str, known: Mapping[str, Iterable[str]], source: str = "the config file") -> str:
     head, _, rest = option.partition(".")
     if rest and head in known:
         return unknown_key(rest.split(".")[0], known[head], repr(head))
-    return unknown_key(head, known.get("", ()), "the config file")
+    return unknown_key(head, known.get("", ()), source)
 
 
 def _says_nothing(text: str) -> bool:

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from fluxsae.cli.config_arguments import Arguments, ConfigFile, read_arguments
 from fluxsae.cli.config_errors import explain, is_report
 from fluxsae.data import Throughput
-from fluxsae.files import read_yaml, remove_parts, unknown_key, whole_file, write_text
+from fluxsae.files import remove_parts, unknown_key, whole_file, write_text
 from fluxsae.records import WHICH_IMAGES, differences
-from fluxsae.runtime import StopsWhereItCanGoOn
+from fluxsae.runtime import LastCheckpoint, StopsWhereItCanGoOn
 from fluxsae.sae import SAE, load_sae
 from fluxsae.training import SAETraining, SweepTraining
 
@@ -70,25 +70,26 @@ class TrainerCLI(LightningCLI):
     verb = "fit"
 
     @classmethod
-    def start(cls, verb: str, arguments: Sequence[str], run: bool = True) -> TrainerCLI:
-        """Parse `arguments`, instantiate and, unless `run` is False, run `verb`.
+    def start(cls, verb: str, arguments: Sequence[str], run: bool = True, root: Path | None = None) -> TrainerCLI:
+        """Parse `arguments`, instantiate and, unless `run` is False, run `verb`; `root` is the study's folder.
 
         Raises argparse.ArgumentError, in one sentence, for whatever does not fit the signatures.
         """
         # LightningCLI asks the class which verbs there are; a parser for each would cost a second.
         one_verb = type(cls.__name__, (cls,), {"verb": verb})
-        strict = {"exit_on_error": False}
-        _check_top_level(verb, arguments)
+        strict = {"exit_on_error": False, "allow_abbrev": False}
+        given = read_arguments(arguments, root)
+        _check_top_level(verb, given.files)
         with warnings.catch_warnings():
             for message in NOISE:
                 warnings.filterwarnings("ignore", message=message)
             # Lightning 2 speaks to jsonargparse as to its version 4.48.
             warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
-            return cls._start(one_verb, verb, arguments, strict, run)
+            return cls._start(one_verb, verb, given, strict, run)
 
     @staticmethod
     def _start(
-        one_verb: type[TrainerCLI], verb: str, arguments: Sequence[str], strict: dict[str, Any], run: bool
+        one_verb: type[TrainerCLI], verb: str, given: Arguments, strict: dict[str, Any], run: bool
     ) -> TrainerCLI:
         try:
             return one_verb(
@@ -99,13 +100,14 @@ class TrainerCLI(LightningCLI):
                 save_config_callback=WholeConfig if verb == "fit" and run else None,
                 trainer_defaults=DEFAULTS | ({} if verb == "fit" else {"logger": False}),
                 parser_kwargs={"prog": "fluxsae", **strict, verb: {**strict, "usage": _usage(verb)}},
-                args=[verb, *arguments] if run else list(arguments),
+                args=[verb, *given.words()] if run else given.words(),
                 run=run,
             )
         except (argparse.ArgumentError, ValueError) as error:
             if isinstance(error, ValueError) and not is_report(str(error)):
                 raise
-            text = explain(str(error), {"": _top_level(verb), "trainer": inspect.signature(Trainer).parameters})
+            known = {"": _top_level(verb), "trainer": inspect.signature(Trainer).parameters}
+            text = explain(str(error), known, given.files)
             raise argparse.ArgumentError(None, text) from error
 
     def before_instantiate_classes(self) -> None:
@@ -119,13 +121,22 @@ class TrainerCLI(LightningCLI):
         return {cls.verb: LightningCLI.subcommands()[cls.verb]}
 
     def instantiate_trainer(self, **options: Any) -> Trainer:
+        if isinstance(self.model, (SAETraining, SweepTraining)):
+            options = {"default_root_dir": self._default_root_dir(self.model.folder), **options}
         trainer = super().instantiate_trainer(**options)
+        if isinstance(self.model, (SAETraining, SweepTraining)):
+            _keep_checkpoints(trainer, self.model.folder / "checkpoints")
         trainer.callbacks.insert(0, StopsWhereItCanGoOn())  # type: ignore[attr-defined]
         if self.verb == "fit":
             trainer.callbacks.append(Throughput())  # type: ignore[attr-defined]
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer
+
+    def _default_root_dir(self, folder: Path) -> Path:
+        """Where logs go: beside the SAE, so that they follow it when its folder is overridden."""
+        configured = self._get(self.config_init, "trainer", default={}).get("default_root_dir")
+        return folder if configured is None else Path(configured)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Lightning's own warns when there are arguments on the command line as well, as there always are here."""
@@ -144,6 +155,13 @@ class TrainerCLI(LightningCLI):
     def test(self, model: LightningModule, **kwargs: Any) -> None:
         _load_trained(model, **kwargs)
         self.trainer.test(model, **{**kwargs, "verbose": isinstance(model, (SAETraining, SweepTraining))})
+
+
+def _keep_checkpoints(trainer: Trainer, folder: Path) -> None:
+    """Beside the SAE, where no other folder is named; before `--ckpt_path last` is looked for."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LastCheckpoint) and callback.dirpath is None:
+            callback.dirpath = str(folder)
 
 
 def _load_trained(model: LightningModule, datamodule: Any = None, ckpt_path: Any = None, **_: Any) -> None:
@@ -177,7 +195,8 @@ def _check_verb(verb: str, class_path: str) -> None:
 
 def _usage(verb: str) -> str:
     return (
-        f"fluxsae {verb} -c CONFIG [--KEY VALUE ...]\n\n"
+        f"fluxsae {verb} -c CONFIG [-c CONFIG ...] [--root DIR] [--KEY VALUE ...]\n\n"
+        "--root is the study's folder, ${root} in a config, if not the one that the study.yaml beside it says. "
         "Any key of the config file can be given here too, as in --trainer.devices 2. For the keys of a model, data "
         f"set or callback:\n  fluxsae {verb} --model.help fluxsae.FluxCapture"
     )
@@ -187,16 +206,13 @@ def _shape(sae: SAE) -> str:
     return f"a {type(sae).__name__} of {sae.n_features} features and width {sae.d_in}"
 
 
-def _check_top_level(verb: str, arguments: Sequence[str]) -> None:
+def _check_top_level(verb: str, files: Sequence[ConfigFile]) -> None:
     """jsonargparse passes over an unknown key that has nothing under it."""
     known = _top_level(verb)
-    files = [value for flag, value in pairwise(arguments) if flag in ("-c", "--config")]
-    files += [value.removeprefix("--config=") for value in arguments if value.startswith("--config=")]
-    for path in map(Path, files):
-        values = read_yaml(path)
-        for key in values if isinstance(values, dict) else ():
+    for file in files:
+        for key in file.values:
             if key not in known:
-                raise ValueError(unknown_key(str(key), known, str(path)))
+                raise ValueError(unknown_key(str(key), known, str(file.path)))
 
 
 def _top_level(verb: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Whole files, JSON, CSV, YAML, hashes, and a lock for each folder. Nothing of ours is imported here."""
 
+from fluxsae.files.bundled_files import bundled, weights_folder
 from fluxsae.files.folder_lock import FolderInUseError, FolderLock
 from fluxsae.files.json_files import hash_json, read_json, sealed, unsealed, write_json
 from fluxsae.files.seeds import derived_seed
@@ -11,6 +12,7 @@ from fluxsae.files.yaml_files import read_yaml
 __all__ = [
     "FolderInUseError",
     "FolderLock",
+    "bundled",
     "derived_seed",
     "hash_json",
     "naming",
@@ -24,6 +26,7 @@ __all__ = [
     "sha256_file",
     "unknown_key",
     "unsealed",
+    "weights_folder",
     "whole_file",
     "write_columns",
     "write_csv",

@@ -3,7 +3,14 @@
 from fluxsae.models.compiled import Uncompiled
 from fluxsae.models.embeddings import EmbeddingCache, EmbeddingsAhead, PromptEmbeddings
 from fluxsae.models.generation import generate, pictures, time_shift
-from fluxsae.models.load import FluxPipeline, load_frame, load_pipeline, transformer_skeleton, weights_identity
+from fluxsae.models.load import (
+    FluxPipeline,
+    is_on_hub,
+    load_frame,
+    load_pipeline,
+    transformer_skeleton,
+    weights_identity,
+)
 from fluxsae.models.placement import to_device
 from fluxsae.models.recording import Tape, TapeIsFull, record
 from fluxsae.models.shapes import token_shapes
@@ -22,6 +29,7 @@ __all__ = [
     "count_steps",
     "find_module",
     "generate",
+    "is_on_hub",
     "load_frame",
     "load_pipeline",
     "pictures",

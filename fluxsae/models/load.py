@@ -16,6 +16,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from fluxsae.files import weights_folder
+
 _ALIGNMENT = 64
 """Bytes of which PyTorch's own memory begins at a multiple."""
 ENDS = 1 << 20
@@ -27,6 +29,7 @@ def load_pipeline(
 ) -> FluxPipeline:
     """The `FluxPipeline` in a diffusers folder, or of a hub id such as `black-forest-labs/FLUX.1-dev`.
 
+    `bundled:tiny-flux` is the small FLUX that comes with the package.
     `dtype` is float32 on a CPU and bfloat16 elsewhere unless given. Images are by default of the size that the
     autoencoder was made for. Raises FileNotFoundError when `model` is neither a pipeline folder nor a hub id.
     """
@@ -68,11 +71,12 @@ def transformer_skeleton(model: str | Path) -> FluxTransformer2DModel:
 def model_folder(model: str | Path) -> Path:
     """The folder of a pipeline: `model` itself, or where the files of that hub id are kept, fetched when absent.
 
+    `bundled:NAME` means weights that come with the package.
     Raises FileNotFoundError when there is neither. What looks like a path is never asked of the hub.
     """
-    folder = Path(model).expanduser()
-    if not (folder.is_dir() or _looks_like_path(str(model))):
+    if is_on_hub(model):
         return _from_hub(str(model))
+    folder = weights_folder(model).expanduser()
     if not (folder / "model_index.json").is_file():
         what = f"{folder} has no model_index.json" if folder.is_dir() else f"there is no folder {folder}"
         raise FileNotFoundError(
@@ -80,6 +84,12 @@ def model_folder(model: str | Path) -> Path:
             "or a hub id such as black-forest-labs/FLUX.1-dev."
         )
     return folder
+
+
+def is_on_hub(model: str | Path) -> bool:
+    """Whether `model` means files of the hub; a name that is no folder, but looks like a path, is a mistake instead."""
+    folder = weights_folder(model).expanduser()
+    return not (folder.is_dir() or _looks_like_path(str(folder)))
 
 
 def weights_identity(model: str | Path) -> str:

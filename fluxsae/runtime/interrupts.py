@@ -146,12 +146,13 @@ class LastCheckpoint(ModelCheckpoint):
     as `earlier.ckpt`.
 
     Args:
-        dirpath: the folder to keep it in.
+        dirpath: the folder to keep it in; by default `checkpoints` in the Trainer's `default_root_dir`. `fluxsae fit`
+            puts it beside the SAE, into `checkpoints` in the model's `folder`.
         minutes: how much work a kill may cost; 0 writes at every look.
         every_n_steps: steps between looks within an epoch.
     """
 
-    def __init__(self, dirpath: str | Path, minutes: float = 5.0, every_n_steps: int = 50) -> None:
+    def __init__(self, dirpath: str | Path | None = None, minutes: float = 5.0, every_n_steps: int = 50) -> None:
         if minutes < 0 or every_n_steps < 1:
             raise ValueError(
                 f"minutes is {minutes} and every_n_steps is {every_n_steps}; they must be at least 0 and at least 1."
@@ -159,6 +160,10 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath, save_last=True, save_top_k=0, every_n_epochs=0, enable_version_counter=False)
         self.minutes = minutes
         self.every_n_steps = every_n_steps
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._settle(trainer)
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._saved_at, self._saved_step = monotonic(), trainer.global_step
@@ -176,6 +181,14 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        self._settle(trainer)  # Lightning looks for `last` before it sets callbacks up
+        return super()._find_last_checkpoints(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
 
     def _look(self, trainer: Trainer) -> None:
         if trainer.strategy.broadcast(monotonic() - self._saved_at >= 60 * self.minutes):

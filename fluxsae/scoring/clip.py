@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+
+from fluxsae.files import weights_folder
 
 
 class Clip(NamedTuple):
@@ -26,15 +27,16 @@ class Clip(NamedTuple):
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
-    """The model that `name` means: `local-dir:FOLDER`, or `MODEL/PRETRAINED` such as `ViT-B-32/openai`, or `hf-hub:…`.
+    """The model that `name` means: `local-dir:FOLDER`, `bundled:tiny-clip`, `MODEL/PRETRAINED`, or `hf-hub:…`.
 
-    Only the latter two fetch weights, once. FileNotFoundError for a folder that is none, ValueError for another name.
+    An example of the third is `ViT-B-32/openai`. Only the latter two fetch weights, once.
+    Raises FileNotFoundError for a folder that is none, ValueError for another name.
     """
-    if name.startswith("local-dir:"):
-        folder = Path(name.removeprefix("local-dir:"))
+    if name.startswith(("local-dir:", "bundled:")):
+        folder = weights_folder(name.removeprefix("local-dir:"))
         if not (folder / "open_clip_config.json").exists():
             raise FileNotFoundError(f"there is no CLIP model in {folder} (no open_clip_config.json); name its folder.")
-        arguments: dict[str, Any] = {"model_name": name}
+        arguments: dict[str, Any] = {"model_name": f"local-dir:{folder}"}
     elif name.startswith("hf-hub:"):
         arguments = {"model_name": name}
     else:
@@ -59,7 +61,7 @@ def _built_in(name: str) -> dict[str, Any]:
     if (model, weights) not in open_clip.list_pretrained():
         raise ValueError(
             f"CLIP {name!r} is no model and weights that open_clip knows; "
-            "write for example 'ViT-B-32/openai', or 'local-dir:FOLDER'."
+            "write for example 'ViT-B-32/openai', 'local-dir:FOLDER' or 'bundled:tiny-clip'."
         )
     # Some weights want QuickGELU and open_clip only warns when the model is built without it.
     quick = bool(get_pretrained_cfg(model, weights).get("quick_gelu", False))

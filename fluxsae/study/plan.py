@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from fluxsae.files import hash_json, read_json, read_yaml, unknown_key
+from fluxsae.files import hash_json, read_json, unknown_key, weights_folder
+from fluxsae.study.config_files import folders, read_mapping, study_root, substitute
 
 Command = Literal["fit", "validate", "predict", "test", "figures"]
 RECORD = "study.json"
@@ -40,9 +41,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Study:
-    """A folder and the stages that fill it."""
+    """A folder, the study's root, and the stages that fill it."""
 
-    folder: Path
+    root: Path
     stages: tuple[Stage, ...]
     names: tuple[str, ...] = field(init=False)
 
@@ -55,9 +56,9 @@ class Study:
                 if need not in self.names[:index]:
                     raise ValueError(f"stage {stage.name!r} needs {need!r}, which is no stage before it.")
             for output in stage.outputs:
-                if self.folder not in output.parents:
+                if self.root not in output.parents:
                     raise ValueError(
-                        f"stage {stage.name!r} leaves {output}, which is not in the study's folder {self.folder}."
+                        f"stage {stage.name!r} leaves {output}, which is not in the study's folder {self.root}."
                     )
 
     def needs(self, stage: Stage) -> tuple[str, ...]:
@@ -72,10 +73,25 @@ class Step(NamedTuple):
     reason: str
 
 
-def read_study(path: Path) -> Study:
-    """The study that a YAML file describes. FileNotFoundError and ValueError, in a sentence, when it describes none."""
+def read_study(path: Path, root: Path | None = None) -> Study:
+    """The study that a YAML file describes, in `root` or in the folder that it says.
+
+    Configs are named relative to the study's file, outputs relative to its root. A study of the first edition says
+    `folder` in place of `root`, and names both relative to the current folder.
+    Raises FileNotFoundError and ValueError, in a sentence, when the file describes no study.
+    """
     values = read_mapping(path)
-    _check_keys(values, ("folder", "stages"), path, required=("folder", "stages"))
+    is_first_edition = "folder" in values and "root" not in values
+    says_root = "folder" if is_first_edition else "root"
+    _check_keys(values, (says_root, "stages"), path, required=(says_root, "stages"))
+    if is_first_edition and root is not None:
+        raise ValueError(
+            f"{path} says `folder:`, and its outputs are relative to the current folder, so --root cannot move them; "
+            "say `root:` in its place, and outputs relative to that."
+        )
+    root = root or study_root(path, values)
+    assert root is not None
+    config_base, output_base = (Path(), Path()) if is_first_edition else (path.parent, root)
     stages = []
     for entry in values["stages"]:
         known = tuple(Stage.__dataclass_fields__)
@@ -84,16 +100,23 @@ def read_study(path: Path) -> Study:
         _check_keys(entry, known, path, required=("name", "command", "config", "outputs"))
         if entry["command"] not in get_args(Command):
             raise ValueError(f"{path}: {unknown_key(str(entry['command']), get_args(Command), 'a stage', 'command')}")
+        named = folders(path, root)
         stages.append(
             Stage(
                 str(entry["name"]),
                 entry["command"],
-                Path(entry["config"]),
-                tuple(Path(output) for output in entry["outputs"]),
+                _place(entry["config"], config_base, named, path),
+                tuple(_place(output, output_base, named, path) for output in entry["outputs"]),
                 None if entry.get("needs") is None else tuple(entry["needs"]),
             )
         )
-    return Study(Path(values["folder"]), tuple(stages))
+    return Study(root, tuple(stages))
+
+
+def _place(said: Any, base: Path, named: dict[str, str], source: Path) -> Path:
+    """A path as it is said, relative to `base` unless it says a folder itself."""
+    text = str(substitute(str(said), named, str(source)))
+    return Path(text) if text != said else base / text
 
 
 def plan(study: Study, force: Collection[str] = ()) -> Iterator[Step]:
@@ -101,22 +124,24 @@ def plan(study: Study, force: Collection[str] = ()) -> Iterator[Step]:
     keys: dict[str, str] = {}
     for stage in study.stages:
         needs = study.needs(stage)
-        keys[stage.name] = stage_key(stage, [keys[name] for name in needs], study.folder)
+        keys[stage.name] = stage_key(stage, [keys[name] for name in needs], study.root)
         yield Step(stage, keys[stage.name], _reason(study, stage, keys[stage.name], force))
 
 
-def stage_key(stage: Stage, upstream: list[str], folder: Path) -> str:
+def stage_key(stage: Stage, upstream: list[str], root: Path) -> str:
     """A hash of all that a stage's result depends on: command, config, the input files it names, and upstream keys.
 
-    Inputs are the config's values that name a file or a model folder outside of the study's own folder.
+    The config counts as it is written, so that a study stays complete when its folder is moved. Inputs are its values
+    that name a file or a model folder outside of the study's own folder; of these the content counts.
     """
     config = read_mapping(stage.config)
-    inputs = {str(path): content_hash(path) for path in sorted(set(_inputs(config, folder)))}
+    found = _inputs(config, folders(stage.config, root), stage.config, root.resolve())
+    inputs = {said: content_hash(path) for said, path in sorted(dict(found).items())}
     return hash_json({"command": stage.command, "config": config, "inputs": inputs, "upstream": upstream})
 
 
 def _reason(study: Study, stage: Stage, key: str, force: Collection[str]) -> str:
-    before = recorded(study.folder).get(stage.name)
+    before = recorded(study.root).get(stage.name)
     if stage.name in force or "all" in force:
         return "forced"
     if before is None:
@@ -134,7 +159,7 @@ def _reason(study: Study, stage: Stage, key: str, force: Collection[str]) -> str
 
 def runs_of(study: Study, stage: Stage) -> dict[str, str]:
     """Which run of each stage that `stage` needs is the latest; keys alone do not tell a stage that was forced."""
-    runs = recorded(study.folder)
+    runs = recorded(study.root)
     return {name: runs.get(name, {}).get("run", "") for name in study.needs(stage)}
 
 
@@ -150,13 +175,6 @@ def recorded(folder: Path) -> dict[str, dict[str, Any]]:
     return values
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no keys; expected a YAML mapping.")
-    return values
-
-
 def _check_keys(values: dict[str, Any], known: tuple[str, ...], path: Path, required: tuple[str, ...]) -> None:
     for key in values:
         if key not in known:
@@ -166,21 +184,22 @@ def _check_keys(values: dict[str, Any], known: tuple[str, ...], path: Path, requ
             raise ValueError(f"{path} lacks the key {key!r}; it takes {', '.join(known)}.")
 
 
-def _inputs(value: Any, folder: Path) -> Iterator[Path]:
+def _inputs(value: Any, named: dict[str, str], config: Path, root: Path) -> Iterator[tuple[str, Path]]:
+    """The inputs that a config's values name, as they are said and where they are."""
     if isinstance(value, dict):
-        for part in value.values():
-            yield from _inputs(part, folder)
-    elif isinstance(value, list):
+        value = list(value.values())
+    if isinstance(value, list):
         for part in value:
-            yield from _inputs(part, folder)
+            yield from _inputs(part, named, config, root)
     elif isinstance(value, str) and 0 < len(value) < 1024:
-        path = Path(value.removeprefix("local-dir:"))
-        inside = folder.resolve() in (path.resolve(), *path.resolve().parents)
+        said = value.removeprefix("local-dir:")
+        path = weights_folder(substitute(said, named, str(config)))
+        inside = root in (path.resolve(), *path.resolve().parents)
         is_model = path.is_dir() and any(
             (path / name).is_file() for name in ("model_index.json", "open_clip_config.json")
         )
         if not inside and (path.is_file() or is_model):
-            yield path
+            yield str(Path(said)), path
 
 
 def content_hash(path: Path) -> str:

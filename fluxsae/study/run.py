@@ -14,23 +14,36 @@ from typing import Any
 from uuid import uuid4
 
 from fluxsae.files import FolderLock, write_json
-from fluxsae.study.plan import RECORD, Stage, Step, Study, plan, read_mapping, read_study, recorded, runs_of
+from fluxsae.study.config_files import read_config
+from fluxsae.study.plan import RECORD, Stage, Step, Study, plan, read_study, recorded, runs_of
 from fluxsae.study.report import report
 
 REPLACED = "replaced"
 
-RunStage = Callable[[str, Path, Sequence[str]], None]
-"""Runs one stage: its command, its config file, further arguments."""
+RunStage = Callable[[str, Path, Sequence[str], Path], None]
+"""Runs one stage: its command, its config file, further arguments, and the study's folder."""
 
 
-def run_study(config: Path, run_stage: RunStage, force: Collection[str] = (), until: str | None = None) -> None:
+def run_study(
+    config: Path,
+    run_stage: RunStage,
+    force: Collection[str] = (),
+    until: str | None = None,
+    root: Path | None = None,
+) -> None:
     """Bring the study in `config` up to date, telling how it goes, and end by telling what it found.
 
-    `run_stage` runs one stage: it gets the command, the config and further arguments. `force` names stages to redo with
-    what needs them, or `all`. What a stage left under another configuration is moved
-    to `replaced/` in the study's folder, one generation of it; a stage that was interrupted goes on where it stopped.
+    What a stage left under another configuration is moved to `replaced/` in the study's folder, one generation of it;
+    a stage that was interrupted goes on where it stopped.
+
+    Args:
+        config: the study's file.
+        run_stage: what runs a stage.
+        force: stages to redo with what needs them, or `all`.
+        until: the last stage to run.
+        root: the study's folder, if another than the file says.
     """
-    study = read_study(config)
+    study = read_study(config, root)
     for name in (*force, *([until] if until else [])):
         if name != "all" and name not in study.names:
             near = difflib.get_close_matches(name, study.names, n=1)
@@ -39,8 +52,8 @@ def run_study(config: Path, run_stage: RunStage, force: Collection[str] = (), un
                 + (f"did you mean {near[0]!r}?" if near else f"it has {', '.join(study.names)}.")
             )
     for stage in study.stages:  # a wrong path in the last stage should not cost the time of the first
-        read_mapping(stage.config)
-    with _locked(study.folder):
+        read_config(stage.config, study.root)
+    with _locked(study.root):
         _run_stages(study, run_stage, force, until)
 
 
@@ -70,7 +83,7 @@ def _run_stages(study: Study, run_stage: RunStage, force: Collection[str], until
         if step.stage.name == until:
             break
     _say(f"\n{n_run} of {len(stages)} stages run in {_duration(time.monotonic() - started)}.")
-    for line in report(study.folder):
+    for line in report(study.root):
         _say(line)
 
 
@@ -88,17 +101,17 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _run(study: Study, step: Step, run_stage: RunStage, forced: bool) -> float:
     """Run a stage and record it; the seconds that it took."""
-    before = recorded(study.folder).get(step.stage.name)
+    before = recorded(study.root).get(step.stage.name)
     values = {"key": step.key, "status": "started", "run": uuid4().hex, "upstream": runs_of(study, step.stage)}
     same = before is not None and (before["key"], before["upstream"]) == (step.key, values["upstream"])
     resumes = same and before is not None and before["status"] == "started" and not forced
     if before is not None and not resumes:
         _move_aside(study, step.stage)
-    _record(study.folder, step.stage.name, values)
+    _record(study.root, step.stage.name, values)
     started = time.monotonic()
     # Captures go on by themselves; a training does from its last checkpoint, where it has kept one.
     resume = ["--ckpt_path", "last"] if resumes and step.stage.command == "fit" else []
-    run_stage(step.stage.command, step.stage.config, resume)
+    run_stage(step.stage.command, step.stage.config, resume, study.root)
     seconds = time.monotonic() - started
     absent = [str(output) for output in step.stage.outputs if not output.exists()]
     if absent:
@@ -107,7 +120,7 @@ def _run(study: Study, step: Step, run_stage: RunStage, forced: bool) -> float:
             "make its config and the study's outputs agree."
         )
     told = {"status": "complete", "seconds": round(seconds, 1), "config": str(step.stage.config)}
-    _record(study.folder, step.stage.name, {**values, **told})
+    _record(study.root, step.stage.name, {**values, **told})
     return seconds
 
 
@@ -117,7 +130,7 @@ def _move_aside(study: Study, stage: Stage) -> None:
         return
     for output in stage.outputs:
         if output.exists():
-            target = study.folder / REPLACED / output.relative_to(study.folder)
+            target = study.root / REPLACED / output.relative_to(study.root)
             if target.is_dir():
                 shutil.rmtree(target)
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,10 @@ Legend: N tokens, D width.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,11 @@ class SweepTraining(TrainedOnTokens):
         self.members = torch.nn.ModuleDict(members)
         for name, member in members.items():
             member.join(name, self.log)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that those of all members are in, for what concerns the sweep as a whole."""
+        return Path(os.path.commonpath([member.folder.parent for member in self.trainings.values()]))
 
     def configure_callbacks(self) -> list[Callback]:
         folders = [member.folder for member in self.trainings.values()]

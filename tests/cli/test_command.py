@@ -99,6 +99,10 @@ def test_a_mistake_in_a_config_is_one_sentence(
         ("study -c nowhere.yaml", "there is no config file nowhere.yaml"),
         ("predict -c nowhere.yaml", "there is no config file nowhere.yaml"),
         ("figures -c nowhere.yaml", "there is no config file nowhere.yaml"),
+        ("figures", "nothing says what 'folder, table' is"),
+        ("dmeo", "did you mean 'demo'?"),
+        ("demo --until nothing", "this study has no stage 'nothing'"),
+        ("init", "required: FOLDER"),
         ("fit", "nothing says what 'model' is"),
         ("verify nowhere", "there is no folder nowhere"),
         ("verify docs", "docs holds no shard set"),
@@ -194,7 +198,7 @@ def test_the_help_needs_no_torch_and_names_every_command() -> None:
         assert "torch" not in sys.modules
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for command in ("study", "fit", "validate", "predict", "test", "figures", "verify"):
+    for command in ("init", "study", "demo", "fit", "validate", "predict", "test", "figures", "verify"):
         assert f"\n    {command} " in done.stdout
 
 

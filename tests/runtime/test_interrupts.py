@@ -18,6 +18,7 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
 
 from fluxsae.data.activations import ActivationData
 from fluxsae.runtime import interrupts
@@ -138,6 +139,18 @@ def test_an_earlier_training_s_checkpoint_is_set_aside(tmp_path: Path) -> None:
     fit(tmp_path, LastCheckpoint(folder), max_epochs=1)
     steps = {path.stem: torch.load(path, weights_only=True)["global_step"] for path in folder.iterdir()}
     assert steps["earlier"] == 2 * steps["last"]
+
+
+def test_without_a_folder_of_its_own_it_takes_the_trainer_s(tmp_path: Path) -> None:
+    """From the start, so that `last` is found there."""
+    root = tmp_path / "root"
+    fit(tmp_path, LastCheckpoint(), max_epochs=1, default_root_dir=root)
+    assert [path.name for path in root.rglob("*.ckpt")] == ["last.ckpt"]
+    callbacks = [LastCheckpoint()]
+    again = Trainer(accelerator="cpu", logger=False, default_root_dir=root, callbacks=callbacks, max_epochs=1)
+    assert again._checkpoint_connector._parse_ckpt_path(TrainerFn.FITTING, "last", None, True) == str(
+        root / "checkpoints" / "last.ckpt"
+    )
 
 
 @pytest.mark.parametrize("settings", [{"minutes": -1.0}, {"every_n_steps": 0}])

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from fluxsae.files.json_files import read_json, write_json
+from fluxsae.study.config_files import read_config
 from fluxsae.study.plan import RECORD, content_hash, plan, read_study
 from fluxsae.study.run import run_study
 
@@ -18,11 +19,12 @@ class Runs(list[str]):
 
     fail: str = ""
 
-    def __call__(self, command: str, path: Path, more: Sequence[str]) -> None:
+    def __call__(self, command: str, config: Path, more: Sequence[str], root: Path) -> None:
+        path = config
         self.append(path.stem)
         if path.stem == self.fail:
             raise KeyboardInterrupt
-        out = Path(yaml.safe_load(path.read_text())["out"])
+        out = Path(read_config(path, root)["out"])
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(path.stem)
 
@@ -32,27 +34,35 @@ def runs() -> Runs:
     return Runs()
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Path:
+FORMS = {
+    "root": ("${root}", "${here}", "", ""),
+    "folder": (".../run", "...", ".../", ".../run/"),
+}
+"""How configs name the study's folder and their own, and what stands before a stage's config and outputs, where `...`
+is the study's folder by its full path: today, and in the first edition."""
+
+
+def write_study(folder: Path, form: str = "root") -> Path:
     """capture → a, b; a → c. The capture reads prompts.txt."""
-    (tmp_path / "prompts.txt").write_text("a fox\n")
+    folder.mkdir(exist_ok=True)
+    (folder / "prompts.txt").write_text("a fox\n")
+    root, here, before_config, before_output = (part.replace("...", str(folder)) for part in FORMS[form])
     needs = {"capture": [], "a": ["capture"], "b": ["capture"], "c": ["a"]}
     stages = []
     for name, needed in needs.items():
-        values = {"out": str(tmp_path / "run" / name), "prompts": str(tmp_path / "prompts.txt") if not needed else ""}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(values))
-        stages.append(
-            {
-                "name": name,
-                "command": "predict",
-                "config": str(tmp_path / f"{name}.yaml"),
-                "outputs": [values["out"]],
-                "needs": needed,
-            }
-        )
-    path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump({"folder": str(tmp_path / "run"), "stages": stages}))
+        values = {"out": f"{root}/{name}", "prompts": f"{here}/prompts.txt" if not needed else ""}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
+        config, output = f"{before_config}{name}.yaml", f"{before_output}{name}"
+        stages.append({"name": name, "command": "predict", "config": config, "outputs": [output], "needs": needed})
+    path = folder / "study.yaml"
+    says = "${here}/run" if form == "root" else str(folder / "run")
+    path.write_text(yaml.safe_dump({form: says, "stages": stages}))
     return path
+
+
+@pytest.fixture(params=FORMS)
+def study(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_study(tmp_path, request.param)
 
 
 def change(path: Path) -> None:
@@ -171,9 +181,9 @@ def test_what_is_no_study_is_refused(study: Path, runs: Runs) -> None:
     refused("did you mean 'config'", confg="x")
     refused("did you mean 'predict'", command="predit")
     refused("which is no stage before it", needs=["nothing"])
-    refused("not in the study's folder", outputs=["elsewhere/out"])
+    refused("not in the study's folder", outputs=["/elsewhere/out"])
     study.write_text(yaml.safe_dump({"stages": good["stages"]}))
-    with pytest.raises(ValueError, match="lacks the key 'folder'"):
+    with pytest.raises(ValueError, match="lacks the key 'root'"):
         run_study(study, runs)
     study.write_text(yaml.safe_dump(good))
     with pytest.raises(ValueError, match="no stage 'captur'; did you mean 'capture'"):
@@ -196,3 +206,38 @@ def test_a_model_card_changes_nothing(tmp_path: Path) -> None:
     assert content_hash(model) == before
     (model / "model_index.json").write_text("{ }")
     assert content_hash(model) != before
+
+
+def test_another_root_is_another_study(tmp_path: Path, runs: Runs) -> None:
+    study = write_study(tmp_path / "mine")
+    run_study(study, runs)
+    run_study(study, runs, root=tmp_path / "other")
+    assert runs == ["capture", "a", "b", "c"] * 2
+    assert {path.name for path in (tmp_path / "other").iterdir()} >= {"capture", "a", "b", "c", RECORD}
+
+
+def test_a_study_that_was_moved_is_still_complete(tmp_path: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Configs count as they are written, their input files by their content."""
+    run_study(write_study(tmp_path / "mine"), runs)
+    runs.clear()
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    run_study(tmp_path / "moved" / "study.yaml", runs)
+    monkeypatch.chdir(tmp_path / "moved")
+    run_study(Path("study.yaml"), runs)
+    assert runs == []
+    Path("prompts.txt").write_text("a cat\n")
+    run_study(Path("study.yaml"), runs, until="capture")
+    assert runs == ["capture"]
+
+
+def test_a_first_edition_study_has_no_other_root(tmp_path: Path, runs: Runs) -> None:
+    with pytest.raises(ValueError, match="say `root:` in its place"):
+        run_study(write_study(tmp_path, "folder"), runs, root=tmp_path / "other")
+
+
+def test_a_wrong_folder_in_the_last_stage_is_told_before_the_first_runs(tmp_path: Path, runs: Runs) -> None:
+    study = write_study(tmp_path)
+    study.with_name("c.yaml").write_text("out: ${rot}/c\n")
+    with pytest.raises(ValueError, match=r"c\.yaml: unknown folder 'rot' of a config: did you mean 'root'"):
+        run_study(study, runs)
+    assert runs == []

@@ -129,8 +129,8 @@ def fit(
             sae.b_enc[:NEVER_FIRE] = -0.5  # which AuxK can lift: in eight steps it moves their rows by 0.01
     if fused:
         training["fused"] = True
-        fluxsae.training.why_not_fused = lambda *_: None  # type: ignore[attr-defined]
-        fluxsae.training.Settings = partial(Settings, dtype=dtype)  # type: ignore[attr-defined]
+        fluxsae.training.module.why_not_fused = lambda *_: None  # type: ignore[attr-defined]
+        fluxsae.training.module.Settings = partial(Settings, dtype=dtype)  # type: ignore[attr-defined]
     last = LastCheckpoint(folder, minutes=0.0, every_n_steps=12)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     trainer = Trainer(

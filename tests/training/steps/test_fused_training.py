@@ -37,8 +37,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused steps anywhere, in a precision in which they can be compared."""
-    monkeypatch.setattr(fluxsae.training, "why_not_fused", lambda *_: None)
-    monkeypatch.setattr(fluxsae.training, "Settings", partial(Settings, dtype=torch.float32, graphs=False))
+    monkeypatch.setattr(fluxsae.training.module, "why_not_fused", lambda *_: None)
+    monkeypatch.setattr(fluxsae.training.module, "Settings", partial(Settings, dtype=torch.float32, graphs=False))
 
 
 class StopAt(Callback):

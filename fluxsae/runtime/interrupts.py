@@ -182,7 +182,7 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_epoch_end(self, *_: Any) -> None:
         """Before 2.6, Lightning would write `last.ckpt` here, too: in the middle of a count, as above."""
 
-    on_validation_end = on_train_epoch_end
+    on_validation_end = on_train_epoch_end  # type: ignore[assignment]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)

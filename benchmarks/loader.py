@@ -4,13 +4,14 @@ Makes synthetic shards, or takes those in --folder, reads them until they are ca
 tars, and an epoch of the training stream from them, fp8 as it is stored. What counts is the ratio within a turn; CPU
 seconds a GB tell what a machine that does other things at the same time would hide. With --device cuda the stream goes
 on from epoch to epoch, as in a training, beside the training step alone on a tensor that stays on the device, and both
-together, through a Lightning Trainer.
+together, through a Lightning Trainer. --without copier has threads of the training's own process read for the device.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import resource
 import subprocess
@@ -18,8 +19,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 from typing import Any, NamedTuple, get_args
 
@@ -29,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fluxsae.data.activations import ActivationData
+from fluxsae.data.mixing import copier, device
 from fluxsae.data.mixing.tokens import Feed, MixedTokens
 from fluxsae.files.whole import whole_file
 from fluxsae.records.spec import CaptureSpec, GenerationSpec
@@ -70,8 +74,36 @@ class Training:
     waited: float = 0.0
 
 
+class ThreadsInstead:
+    """In place of `Copier`: threads of this process read, and wait for its interpreter after each call."""
+
+    def __init__(self, paths: Sequence[Path], n_bytes: int, n_threads: int) -> None:
+        self.memory = mmap.mmap(-1, n_bytes)
+        self._view = memoryview(self.memory)
+        self._files = copier._Files([str(path) for path in paths])
+        self._threads = ThreadPoolExecutor(n_threads)
+        self._answers: SimpleQueue[tuple[int, bool]] = SimpleQueue()
+
+    def read(self, number: int, spans: bytes) -> None:
+        self._threads.submit(self._read, number, [copier.Span(*span) for span in copier.SPAN.iter_unpack(spans)])
+
+    def _read(self, number: int, spans: Sequence[copier.Span]) -> None:
+        self._answers.put((number, all(copier._read(span, self._files, self._view) for span in spans)))
+
+    def done(self, wait: bool) -> list[tuple[int, bool]]:
+        found = [self._answers.get()] if wait else []
+        while not self._answers.empty():
+            found.append(self._answers.get())
+        return found
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
 def main() -> None:
     options = parse()
+    if options.without == "copier":
+        device.Copier = ThreadsInstead  # type: ignore[misc, assignment]
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         print(_row("read", "GB/s", "tokens/s", "of cat", "CPU s/GB"), flush=True)
@@ -303,6 +335,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="torch's own; readers are threads already")
     parser.add_argument("--device", default="cpu", help="cpu, or cuda to mix on the device")
+    parser.add_argument("--without", choices=["copier"], help="do without this part, to tell what it gains")
     parser.add_argument("--train", action="store_true", help="also time the training step; the default on cuda")
     parser.add_argument("--features", type=int, default=12288)
     parser.add_argument("--k", type=int, default=64)

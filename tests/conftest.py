@@ -23,6 +23,22 @@ from tests.random_flux import random_flux
 torch.set_num_threads(1)  # test processes run beside each other, on matrices that no thread pool helps
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, shared out: `--dist worksteal` begins with a stretch of the list for each process.
+
+    A long test that begins last is one that all other processes wait for.
+    """
+    n = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    long = [item for item in items if item.get_closest_marker("slow")]
+    short = [item for item in items if not item.get_closest_marker("slow")]
+    items[:] = [item for i in range(n) for item in (*long[i::n], *_stretch(short, i, n))]
+
+
+def _stretch(items: list[pytest.Item], i: int, n: int) -> list[pytest.Item]:
+    """The i-th of n stretches: tests of a module stay together, for what they share is made once a process."""
+    return items[len(items) * i // n : len(items) * (i + 1) // n]
+
+
 LOCAL = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", b"localhost", socket.gethostname()}
 called: list[str] = []
 """Every attempt of this process to reach another machine."""

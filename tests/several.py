@@ -24,6 +24,8 @@ from fluxsae.training.steps.fused.settings import Settings
 from tests.synthetic import dictionary, draw
 
 D_IN, N_FEATURES, BATCH, N_STEPS, STOP = 16, 48, 64, 36, 24
+FEW = 16
+"""Tokens a batch for kernels in Triton's interpreter, which takes a tenth of a second to choose one token's codes."""
 NEVER_FIRE = 10
 """Features that cannot fire until they are restarted: AuxK and resampling have something to do."""
 
@@ -31,29 +33,32 @@ NEVER_FIRE = 10
 class Slices(IterableDataset[Tensor]):
     """Batches that are the same in every process, and of each batch this process's share."""
 
-    def __init__(self, processes: Processes, dtype: torch.dtype, lead: int) -> None:
+    def __init__(self, processes: Processes, dtype: torch.dtype, size: int, lead: int) -> None:
         self.dtype = dtype
-        ends = [BATCH * i // processes.n + (lead if 0 < i < processes.n else 0) for i in range(processes.n + 1)]
+        self.size = size
+        ends = [size * i // processes.n + (lead if 0 < i < processes.n else 0) for i in range(processes.n + 1)]
         self.share = slice(*ends[processes.rank : processes.rank + 2])
 
     def __iter__(self) -> Iterator[Tensor]:
         source, generator = dictionary(D_IN), torch.Generator().manual_seed(0)
         for _ in range(N_STEPS):
-            yield draw(source, BATCH, generator).to(self.dtype)[self.share]
+            yield draw(source, self.size, generator).to(self.dtype)[self.share]
 
 
 class SlicedData(LightningDataModule):
     """Tokens for processes whose batches together are what one process sees; the first one's has `lead` more."""
 
-    def __init__(self, lead: int = 0) -> None:
+    def __init__(self, size: int = BATCH, lead: int = 0) -> None:
         super().__init__()
+        self.size = size
         self.lead = lead
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         assert self.trainer is not None
         module = self.trainer.lightning_module
         assert isinstance(module, SAETraining)
-        return DataLoader(Slices(Processes.of(self.trainer), module.sae.W_dec.dtype, self.lead), batch_size=None)
+        slices = Slices(Processes.of(self.trainer), module.sae.W_dec.dtype, self.size, self.lead)
+        return DataLoader(slices, batch_size=None)
 
     val_dataloader = train_dataloader
 
@@ -124,7 +129,7 @@ def fit(
     sae, training = make(kind)
     dtype = torch.float64 if fused is None else torch.float32
     if fused is not None:
-        training |= {"dead_after": 100, "check_every": 2}
+        training |= {"dead_after": 25, "check_every": 2}
         with torch.no_grad():
             sae.b_enc[:NEVER_FIRE] = -0.5  # which AuxK can lift: in eight steps it moves their rows by 0.01
     if fused:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -23,7 +23,7 @@ from fluxsae.data.mixing.order import WHOLE, Part
 from fluxsae.data.mixing.tokens import Feed, MixedTokens
 from fluxsae.data.split import Split, split_by_prompt
 from fluxsae.records import CaptureSpec, Selection, Statistics
-from fluxsae.runtime import Processes
+from fluxsae.runtime import EpochPosition, Processes, close_resumed_epoch, epoch_position
 from fluxsae.shards import RowReader, ShardSet, TokenBlock
 
 _ADVICE = (
@@ -145,7 +145,7 @@ class ActivationData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[TokenBlock]:
         """The training tokens as they are stored, which `on_after_batch_transfer` decodes."""
         if self.trainer is not None:
-            _close_epoch(self.trainer)
+            close_resumed_epoch(self.trainer)
         device = self._device
         tokens = MixedTokens(
             self.shard_set,
@@ -161,7 +161,7 @@ class ActivationData(LightningDataModule):
         )
         self._mixed = tokens
         return _ResumableLoader(
-            tokens, progress=self._progress, pin_memory=device is None and torch.cuda.is_available()
+            tokens, position=self._position, pin_memory=device is None and torch.cuda.is_available()
         )
 
     def val_dataloader(self) -> DataLoader[Tensor]:
@@ -221,12 +221,8 @@ class ActivationData(LightningDataModule):
             return root if needed <= torch.cuda.mem_get_info(root)[0] // 2 else None
         return root if self.device_buffer else None
 
-    def _progress(self) -> Progress:
-        if self.trainer is None:
-            return Progress(0, 0)
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress
-        done: int = batches.current.processed  # type: ignore[attr-defined]
-        return Progress(self.trainer.current_epoch, 0 if batches.is_last_batch else done)  # after the last, a new epoch
+    def _position(self) -> EpochPosition:
+        return EpochPosition(0, 0) if self.trainer is None else epoch_position(self.trainer)
 
     @property
     def _loading(self) -> dict[str, Any]:
@@ -257,13 +253,6 @@ def _chunks(images: list[int], size: int) -> Iterator[list[int]]:
         yield images[chunk * size : (chunk + 1) * size]
 
 
-class Progress(NamedTuple):
-    """How far training is: the epoch, and the batches of it that are done."""
-
-    epoch: int
-    batches: int
-
-
 class _ResumableLoader(DataLoader[TokenBlock]):
     """Tells its dataset the epoch before each pass (Lightning does so for samplers only), and keeps its place.
 
@@ -271,37 +260,19 @@ class _ResumableLoader(DataLoader[TokenBlock]):
     batches that were done, without reading those.
     """
 
-    def __init__(self, tokens: Dataset[TokenBlock], *, progress: Callable[[], Progress], pin_memory: bool) -> None:
+    def __init__(self, tokens: Dataset[TokenBlock], *, position: Callable[[], EpochPosition], pin_memory: bool) -> None:
         super().__init__(tokens, batch_size=None, pin_memory=pin_memory)
-        self._progress = progress
+        self._position = position
         self._skip = 0
 
     def __iter__(self) -> Any:
         assert isinstance(self.dataset, MixedTokens)
-        self.dataset.epoch = self._progress().epoch
+        self.dataset.epoch = self._position().epoch
         self.dataset.n_skipped, self._skip = self._skip, 0
         return super().__iter__()
 
     def state_dict(self) -> dict[str, int]:
-        return {"batches": self._progress().batches}
+        return {"batches": self._position().batches}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._skip = state["batches"]
-
-
-def _close_epoch(trainer: Trainer) -> None:
-    """End the epoch of a run that is resumed from a checkpoint of right after its last batch, unless it was the last.
-
-    Lightning 2.6 would ask for the next epoch's tokens while it still counts this one, and then begin one too few.
-    """
-    loop = trainer.fit_loop
-    batches: Any = loop.epoch_loop.batch_progress
-    epochs: Any = loop.epoch_progress
-    ended = batches.is_last_batch and batches.total.completed == batches.total.processed - 1
-    if not (loop.restarting and ended) or epochs.current.processed + 1 == loop.max_epochs:
-        return
-    batches.increment_completed()
-    batches.reset_on_run()
-    loop.epoch_loop._batches_that_stepped += 1
-    epochs.increment_processed()
-    epochs.increment_completed()

@@ -6,10 +6,17 @@ from fluxsae.runtime.distributed import OneAllReduce, Processes
 from fluxsae.runtime.folder_lock import OneRunOnly
 from fluxsae.runtime.gathering import gather_objects, gather_tensors
 from fluxsae.runtime.interrupts import Interrupted, LastCheckpoint, StopsWhereItCanGoOn, interruptible
+from fluxsae.runtime.lightning_internals import (
+    EpochPosition,
+    close_resumed_epoch,
+    count_manual_step,
+    epoch_position,
+)
 from fluxsae.runtime.shared_array import SharedArray
 
 __all__ = [
     "Background",
+    "EpochPosition",
     "Graphs",
     "HostCopy",
     "Interrupted",
@@ -19,6 +26,9 @@ __all__ = [
     "Processes",
     "SharedArray",
     "StopsWhereItCanGoOn",
+    "close_resumed_epoch",
+    "count_manual_step",
+    "epoch_position",
     "gather_objects",
     "gather_tensors",
     "interruptible",

@@ -19,6 +19,13 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from fluxsae.runtime.lightning_internals import (
+    ask_nobody_for_sigterm,
+    launched_processes,
+    may_stop_early,
+    stop_watching_processes,
+)
+
 PATIENCE = 5.0
 """Seconds that a process has to end by itself."""
 
@@ -77,9 +84,7 @@ class StopsWhereItCanGoOn(Callback):
         self._give_back()  # what a check of validation before the training took
         self._take_over(trainer, self._note if trainer.world_size == 1 else self._stop_all)
         if signal.SIGTERM in self._before:
-            # Before every step, Lightning has all processes ask the first whether its own handler heard SIGTERM, and
-            # wait for the device to answer. That handler is out of use now.
-            trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody  # type: ignore[method-assign]
+            ask_nobody_for_sigterm(trainer)  # Lightning's own handler is out of use now
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._take_over(trainer, self._stop_all)
@@ -101,7 +106,7 @@ class StopsWhereItCanGoOn(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._give_back()
         if isinstance(exception, Interrupted):
-            for process in getattr(trainer.strategy.launcher, "procs", ()):
+            for process in launched_processes(trainer):
                 _end(process)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -132,7 +137,7 @@ class StopsWhereItCanGoOn(Callback):
     def _stop_all(self, signum: int, _: FrameType | None) -> None:
         launcher = self._trainer.strategy.launcher
         if launcher is not None:
-            _spare_this_process()
+            stop_watching_processes()
             launcher.kill(signal.SIGTERM)
         raise Interrupted(signum)
 
@@ -179,6 +184,11 @@ class LastCheckpoint(ModelCheckpoint):
         elif trainer.is_last_batch or trainer.global_step % self.every_n_steps == 0:
             self._look(trainer)
 
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Before 2.6, Lightning would write `last.ckpt` here, too: in the middle of a count, as above."""
+
+    on_validation_end = on_train_epoch_end  # type: ignore[assignment]
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write(trainer)
 
@@ -207,7 +217,7 @@ def _last(checkpoints: ModelCheckpoint) -> Path:
 
 def _stops(trainer: Trainer) -> bool:
     """Whether this step is the last for another reason than the number of epochs."""
-    told = trainer.should_stop and trainer.fit_loop._can_stop_early
+    told = trainer.should_stop and may_stop_early(trainer)
     return told or trainer.global_step == trainer.max_steps
 
 
@@ -216,20 +226,8 @@ def _tries_out(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-def _ask_nobody() -> None:
-    pass
-
-
 def _stop(signum: int, _: FrameType | None) -> None:
     raise Interrupted(signum)
-
-
-def _spare_this_process() -> None:
-    """Every five seconds Lightning looks whether a process that it started has ended with a code, and if so kills all,
-    this one in the middle of what it saves. From here on they are ended by us."""
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            thread._child_processes = []  # type: ignore[attr-defined]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from fluxsae.data import ActivationData
-from fluxsae.runtime import OneRunOnly
+from fluxsae.runtime import OneRunOnly, count_manual_step
 from fluxsae.training.module import SAETraining, TrainedOnTokens, measure
 
 _ADVICE = "Using ModelCheckpoint with manual optimization"
@@ -99,10 +99,7 @@ class SweepTraining(TrainedOnTokens):
             self.manual_backward(torch.stack(by_autograd).sum())
         for member in self.trainings.values():
             member.update()
-        # Lightning would count the steps of every optimizer; a step of the run is one of each.
-        steps = self.trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
-        steps.increment_ready()
-        steps.increment_completed()
+        count_manual_step(self.trainer)
 
     def on_validation_epoch_start(self) -> None:
         for member in self.trainings.values():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import fp8, loader
+from fluxsae.data.mixing.tokens import MixedTokens
 from tests.synthetic import token_shards
 
 
@@ -33,6 +37,23 @@ def test_every_reader_is_measured_beside_cat(
     ]
     assert all(training["tokens_a_second"] > 0 for training in found["training"])
     assert "of cat" in capsys.readouterr().out
+
+
+def test_threads_read_for_a_device_what_another_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--without copier`, on a CPU: the same tokens, and the same complaint about a damaged shard."""
+    shards = token_shards(tmp_path / "tokens", 10, 2, size=32, images_per_shard=4)
+
+    def epoch() -> list[torch.Tensor]:
+        mixed = MixedTokens(shards, range(len(shards)), batch_size=12, buffer_images=6, device=torch.device("cpu"))
+        with contextlib.closing(mixed):
+            return [block.decoded().clone() for block in mixed]
+
+    expected = epoch()
+    monkeypatch.setattr(loader.device, "Copier", loader.ThreadsInstead)
+    assert torch.equal(torch.cat(epoch()), torch.cat(expected))
+    os.truncate(shards.paths[-1], 3000)
+    with pytest.raises(ValueError, match="cut short"):
+        epoch()
 
 
 @pytest.mark.parametrize("more", ["", "--encoder", "--encoder --l1 0.1"])

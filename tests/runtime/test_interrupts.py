@@ -6,7 +6,6 @@ For a kill, checkpoints are written as time passes.
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from time import monotonic, sleep
@@ -14,14 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 
 from fluxsae.data.activations import ActivationData
-from fluxsae.runtime import interrupts
 from fluxsae.runtime.interrupts import Interrupted, LastCheckpoint, StopsWhereItCanGoOn, interruptible
 from fluxsae.sae import TopK
 from fluxsae.training.module import SAETraining
@@ -77,22 +74,6 @@ def test_a_signal_that_comes_while_an_object_is_destroyed_is_not_lost(capsys: py
             sleep(0.001)
     assert "ignored" not in capsys.readouterr().err
     assert sys.unraisablehook is hook
-
-
-@pytest.mark.parametrize("spared", [True, False])
-def test_lightnings_observer_leaves_a_stopping_process_alone(spared: bool) -> None:
-    """It kills the process that it works for, here a stand-in, when another has ended with a code."""
-    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"]) as ended:
-        ended.wait()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as stopping:
-        observer = _ChildProcessObserver(stopping.pid, [ended], sleep_period=1)
-        observer.start()
-        if spared:
-            interrupts._spare_this_process()
-        observer.join(30)
-        assert not observer.is_alive()
-        stopping.communicate(b"\n")
-    assert stopping.returncode == (0 if spared else -signal.SIGKILL)
 
 
 class Saved(TorchCheckpointIO):

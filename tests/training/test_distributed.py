@@ -19,7 +19,7 @@ from fluxsae.cli.trainer import TrainerCLI
 from fluxsae.data.activations import ActivationData
 from fluxsae.runtime.distributed import OneAllReduce
 from fluxsae.sae.checkpoint import load_sae, read_config
-from tests.several import BATCH, D_IN, N_FEATURES, SlicedData, fit
+from tests.several import BATCH, D_IN, FEW, N_FEATURES, SlicedData, fit
 from tests.synthetic import token_shards
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -31,7 +31,7 @@ from jaxtyping import install_import_hook
 if __name__ == "__main__":
     with install_import_hook("fluxsae", "beartype.beartype"):
         from fluxsae.data.activations import ActivationData
-        from tests.several import BATCH, Collectives, SlicedData, Stop, fit, sharing_features, sharing_tokens
+        from tests.several import BATCH, FEW, Collectives, SlicedData, Stop, fit, sharing_features, sharing_tokens
     folder = Path(sys.argv[1])
     shards = folder / "tokens"
 """
@@ -41,14 +41,13 @@ SHARE_TOKENS = """
     fit("TopK", folder / "bf16", SlicedData(), **sharing_tokens(compress=True))
 """
 SHARE_TOKENS_FUSED = """
-    for kind in ("TopK", "L1"):
-        fit(kind, folder / kind, SlicedData(), fused=True, n_steps=5, **sharing_tokens(compress=True))
+    fit("L1", folder / "L1", SlicedData(FEW), fused=True, n_steps=5, **sharing_tokens(compress=True))
+    for n_steps in (2, 5):
+        how = sharing_tokens(compress=True)
+        fit("TopK", folder / "TopK", SlicedData(FEW), fused=True, n_steps=n_steps, resume=n_steps > 2, **how)
     for fused in (True, False):
         name = f"uneven, {fused}"
-        fit("TopK", folder / name, SlicedData(lead=9), fused=fused, n_steps=4, **sharing_tokens(compress=fused))
-    for n_steps in (2, 3):
-        how = sharing_tokens(compress=True)
-        fit("TopK", folder / "resumed", SlicedData(), fused=True, n_steps=n_steps, resume=n_steps > 2, **how)
+        fit("TopK", folder / name, SlicedData(FEW, lead=3), fused=fused, n_steps=4, **sharing_tokens(compress=fused))
 """
 SHARE_FEATURES = """
     for kind in ("TopK", "L1", "JumpReLU"):
@@ -105,16 +104,15 @@ def test_processes_that_share_tokens_train_one_processs_sae(tmp_path: Path) -> N
 def test_fused_steps_of_processes_that_share_tokens_are_one_processs(tmp_path: Path) -> None:
     """By kernels, with AuxK at work, beside autograd's in one process; where shares are uneven, in as many.
 
-    A checkpoint has what each process alone knows of its features.
+    TopK's is resumed: a checkpoint has what each process alone knows of its features.
     """
     pytest.importorskip("triton")
     run_in_several(tmp_path, SHARE_TOKENS_FUSED, timeout=600)  # an interpreter is slow
-    for kind in ("TopK", "L1"):
-        fit(kind, tmp_path / "one" / kind, SlicedData(), fused=False, n_steps=5)
-    for n_steps in (2, 3):
-        fit("TopK", tmp_path / "one" / "resumed", SlicedData(), fused=False, n_steps=n_steps, resume=n_steps > 2)
-    pairs = [(name, f"one/{name}") for name in ("TopK", "L1", "resumed")]
-    for name, reference in (*pairs, ("uneven, True", "uneven, False")):
+    fit("L1", tmp_path / "one" / "L1", SlicedData(FEW), fused=False, n_steps=5)
+    for n_steps in (2, 5):
+        fit("TopK", tmp_path / "one" / "TopK", SlicedData(FEW), fused=False, n_steps=n_steps, resume=n_steps > 2)
+    pairs = [("TopK", "one/TopK"), ("L1", "one/L1"), ("uneven, True", "uneven, False")]
+    for name, reference in pairs:
         found, expected = (load_sae(tmp_path / folder).state_dict() for folder in (name, reference))
         for weight, value in expected.items():
             torch.testing.assert_close(found[weight], value, rtol=0, atol=1e-4)

@@ -36,7 +36,7 @@ from tests.synthetic import token_shards
 CONFIGS = Path(__file__).parent.parent / "configs"
 STUDIES = sorted(path.parent.name for path in CONFIGS.glob("*/study.yaml"))
 STAGES = {path.stem for path in CONFIGS.glob("*/*.yaml")} - {"study", "figures"}
-VARIANTS = ("batch-topk", "jumprelu", "matryoshka", "sweep")
+VARIANTS = ("batch-topk", "gated", "jumprelu", "matryoshka", "sweep")
 """Further trainings on a study's capture, which it does not run by itself."""
 TRAININGS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if "max_epochs" in path.read_text()]
 BLOCKS = {"tiny": (2, 4), "flux-dev": (19, 38)}

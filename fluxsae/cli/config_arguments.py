@@ -16,7 +16,7 @@ import yaml
 import fluxsae
 from fluxsae.study import names_root, read_config, read_mapping, root_beside, substitute
 
-RENAMED_OPTIONS: dict[str, dict[str, str]] = {}
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {"SAETraining": {"revive": "dead_bias_increment"}}
 """Options that had another name in the first edition: for each class the old name and the new."""
 
 _CLASS_PATH = re.compile(r"fluxsae(?:\.\w+)+\.(\w+)")

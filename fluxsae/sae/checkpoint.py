@@ -27,7 +27,7 @@ CONFIG = "config.json"
 
 def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = None) -> None:
     """Write an SAE, what it was trained on and a summary of the training; `config.json` last: it marks a whole."""
-    folder = Path(folder)
+    folder, kind = Path(folder), class_path(type(sae))
     folder.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, CONFIG):
         remove_parts(folder / name)
@@ -38,7 +38,7 @@ def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = Non
     config = {
         "version": VERSION,
         "kind": type(sae).__name__,
-        "class_path": class_path(type(sae)),
+        "class_path": kind,
         "d_in": sae.d_in,
         "n_features": sae.n_features,
         "options": sae.options(),

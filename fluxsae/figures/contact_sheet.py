@@ -14,7 +14,7 @@ from fluxsae.records import Feature, Selection, shown
 from fluxsae.scoring import overlay, read_overlays
 from fluxsae.shards import ShardSet
 
-Layout = Literal["pairs", "overlays"]
+SheetLayout = Literal["pairs", "overlays"]
 Points = int | float
 
 
@@ -59,7 +59,7 @@ def contact_sheet(
     rows: Sequence[SheetRow],
     path: Path,
     *,
-    layout: Layout = "pairs",
+    layout: SheetLayout = "pairs",
     tile: int = 104,
     title: str = "",
     zoom: int = 2,
@@ -95,7 +95,7 @@ _HEADER, _GAP, _ROW_GAP, _MARGIN, _TITLE = 200, 7, 9, 16, 52
 class _Sheet:
     """A canvas measured in points of `zoom` pixels."""
 
-    def __init__(self, rows: Sequence[SheetRow], layout: Layout, tile: int, titled: bool, zoom: int) -> None:
+    def __init__(self, rows: Sequence[SheetRow], layout: SheetLayout, tile: int, titled: bool, zoom: int) -> None:
         first = rows[0].examples[0].original
         self.layout = layout
         self.zoom = zoom
@@ -117,7 +117,7 @@ class _Sheet:
     ) -> None:
         self.draw.text(self._at(*at), text, fill=colour, font=font(size * self.zoom, bold), anchor=anchor)
 
-    def legend(self, layout: Layout) -> None:
+    def legend(self, layout: SheetLayout) -> None:
         """What bar and tick mean, and how strength is coloured."""
         what = (
             "top images · left: as generated, right: where the feature is active" if layout == "pairs" else "top images"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fluxsae.figures.compare_sites import both_sites, compare_sites
-from fluxsae.figures.contact_sheet import Layout, contact_sheet, sheet_rows
+from fluxsae.figures.contact_sheet import SheetLayout, contact_sheet, sheet_rows
 from fluxsae.figures.decoder import decoder
 from fluxsae.figures.density import density, frequencies
 from fluxsae.figures.training_curves import read_run, training_curves
@@ -43,7 +43,7 @@ class Figures:
     select: Selection
     images: Path | None = None
     overlays: Path | None = None
-    layout: Layout = "pairs"
+    layout: SheetLayout = "pairs"
     title: str = ""
     sae: Path | None = None
     runs: dict[str, Path] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +15,10 @@ from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from fluxsae.files import weights_folder
+from fluxsae.files import hash_of_ends, weights_folder
 
 _ALIGNMENT = 64
 """Bytes of which PyTorch's own memory begins at a multiple."""
-ENDS = 1 << 20
-"""Bytes read at either end of a weight file to tell it from another; its header says the rest."""
 
 
 def load_pipeline(
@@ -95,15 +92,12 @@ def is_on_hub(model: str | Path) -> bool:
 def weights_identity(model: str | Path) -> str:
     """A hash of the weights in `model`: of each weight file its name, size, and first and last MiB; of each config all.
 
-    Reading 24 GB to name them would take longer than many captures; the safetensors header lies in the first MiB.
+    The safetensors header lies in the first MiB.
     A folder copied from the hub is the same model as the hub's.
     """
     folder = model_folder(model)
-    digest = hashlib.sha256()
-    for name, path in sorted((path.relative_to(folder).as_posix(), path) for path in _identity_files(folder)):
-        digest.update(f"{name} {path.stat().st_size}\n".encode())
-        digest.update(_ends(path))
-    return digest.hexdigest()
+    named = sorted((path.relative_to(folder).as_posix(), path) for path in _identity_files(folder))
+    return hash_of_ends(named)
 
 
 def _looks_like_path(model: str) -> bool:
@@ -131,13 +125,6 @@ def _identity_files(folder: Path) -> list[Path]:
     configs = [path for part in parts for path in (folder / part).glob("config.json")]
     texts = [path for part in ("tokenizer", "tokenizer_2", "scheduler") for path in (folder / part).glob("*")]
     return [*weights, *configs, *(path for path in texts if path.is_file())]
-
-
-def _ends(path: Path) -> bytes:
-    with path.open("rb") as file:
-        first = file.read(ENDS)
-        file.seek(max(ENDS, path.stat().st_size - ENDS))
-        return first + file.read(ENDS)
 
 
 def _from_pretrained(model: str | Path, **options: Any) -> FluxPipeline:

@@ -26,7 +26,7 @@ _BLOCK = 2**15
 """Channels decoded at a time: few enough to stay in a core's cache between two passes."""
 
 
-class Layout(NamedTuple):
+class TokenLayout(NamedTuple):
     """Where the tensors of a safetensors file lie, in bytes from its start; `scale` is there for fp8 alone."""
 
     dtype: torch.dtype
@@ -60,7 +60,7 @@ def decode_tokens(buffer: bytearray | mmap, start: int, size: int) -> Float[Tens
     return decode_fp8(tokens, _view(buffer, torch.float32, layout.shape[:1], start + layout.scale))
 
 
-def find_tokens(buffer: bytearray | mmap, start: int, size: int) -> Layout:
+def find_tokens(buffer: bytearray | mmap, start: int, size: int) -> TokenLayout:
     """Where the tokens lie in a safetensors file at `start` in `buffer`. ValueError when it does not parse."""
     length = int.from_bytes(buffer[start : start + 8], "little")
     if size < 8 or length > size - 8:
@@ -69,7 +69,7 @@ def find_tokens(buffer: bytearray | mmap, start: int, size: int) -> Layout:
 
 
 @lru_cache(maxsize=256)  # the members of a set all have one header
-def _parse(text: bytes, size: int) -> Layout:
+def _parse(text: bytes, size: int) -> TokenLayout:
     try:
         header = json.loads(text)
     except RecursionError as error:
@@ -83,11 +83,11 @@ def _parse(text: bytes, size: int) -> Layout:
     if (dtype == torch.float8_e4m3fn) != ("scale" in header):
         raise ValueError(f"its tokens are {dtype} {'with' if 'scale' in header else 'without'} a scale")
     if "scale" not in header:
-        return Layout(dtype, (shape[0], shape[1]), body + begin, None)
+        return TokenLayout(dtype, (shape[0], shape[1]), body + begin, None)
     scale_dtype, scale_shape, scale_begin = _extent(header["scale"], size - body)
     if scale_shape != shape[:1] or scale_dtype != torch.float32:
         raise ValueError(f"its scale has shape {list(scale_shape)} of {scale_dtype}, expected {[shape[0]]} of float32")
-    return Layout(dtype, (shape[0], shape[1]), body + begin, body + scale_begin)
+    return TokenLayout(dtype, (shape[0], shape[1]), body + begin, body + scale_begin)
 
 
 def _extent(entry: Any, room: int) -> tuple[torch.dtype, tuple[int, ...], int]:

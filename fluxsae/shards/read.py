@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from fluxsae.records import CaptureSpec, GenerationSpec, Statistics
-from fluxsae.shards.encoding import Layout, decode_tokens, find_tokens
+from fluxsae.shards.encoding import TokenLayout, decode_tokens, find_tokens
 from fluxsae.shards.format import (
     IMAGE,
     RECORD,
@@ -49,7 +49,7 @@ class Stored(NamedTuple):
 
     tar: Tar
     start: int
-    layout: Layout
+    layout: TokenLayout
 
 
 class ShardSet:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int, Int64, UInt64
 from torch import Tensor
 
-from fluxsae.shards.encoding import Layout, decode_fp8
+from fluxsae.shards.encoding import TokenLayout, decode_fp8
 from fluxsae.shards.read import ShardSet, Stored
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -188,7 +188,7 @@ class RowReader:
         return stored
 
 
-def _format(layout: Layout) -> Format:
+def _format(layout: TokenLayout) -> Format:
     return Format(layout.dtype, layout.shape[1], layout.scale is not None)
 
 
@@ -247,7 +247,7 @@ def _sized(addresses: UInt64[np.ndarray, "*shape"], size: int) -> UInt64[np.ndar
     return np.stack([addresses, np.full_like(addresses, size)], axis=-1)
 
 
-def _end(layout: Layout) -> int:
+def _end(layout: TokenLayout) -> int:
     """Where what is read of a member ends, from its start."""
     n_tokens, width = layout.shape
     end = layout.tokens + n_tokens * width * layout.dtype.itemsize

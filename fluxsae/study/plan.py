@@ -5,19 +5,16 @@ A stage's key is a hash of all that its result depends on; a stage that is compl
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from fluxsae.files import hash_json, read_json, unknown_key, weights_folder
+from fluxsae.files import hash_json, hash_of_ends, read_json, unknown_key, weights_folder
 from fluxsae.study.config_files import folders, read_mapping, study_root, substitute
 
 Command = Literal["fit", "validate", "predict", "test", "figures"]
 RECORD = "study.json"
-ENDS = 1 << 20
-"""Bytes hashed at either end of an input file of more than twice as many."""
 
 
 @dataclass(frozen=True)
@@ -204,17 +201,9 @@ def _inputs(value: Any, named: dict[str, str], config: Path, root: Path) -> Iter
 
 def content_hash(path: Path) -> str:
     """Of a file, or of a folder's files by name, its model card apart: size and content, of large files the ends."""
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if (
-            file.is_file()
-            and (file == path or file.suffix != ".md")
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        ):
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(path).as_posix()} {size}\n".encode())
-            with file.open("rb") as handle:
-                digest.update(handle.read(ENDS))
-                handle.seek(max(ENDS, size - ENDS))
-                digest.update(handle.read(ENDS))
-    return digest.hexdigest()
+    files = [path] if path.is_file() else [file for file in sorted(path.rglob("*")) if _counts(file.relative_to(path))]
+    return hash_of_ends((file.relative_to(path).as_posix(), file) for file in files if file.is_file())
+
+
+def _counts(file: Path) -> bool:
+    return file.suffix != ".md" and not any(part.startswith(".") for part in file.parts)

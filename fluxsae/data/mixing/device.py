@@ -65,7 +65,7 @@ class Located(NamedTuple):
     ends_epoch: bool
 
 
-class Filling(NamedTuple):
+class DeviceFilling(NamedTuple):
     """Rows of a chunk as they were stored, and the order in which they are wanted."""
 
     rows: TokenBlock
@@ -104,7 +104,7 @@ class DeviceMixing:
         with closing(Ring(self.reader, self.images_per_slot, self.n_readers, self.device)) as ring:
             yield from self._gathered(self._filled(chunks, pieces, ring), ring)
 
-    def _filled(self, chunks: Iterator[Chunk], pieces: Sequence[TokenBlock], ring: Ring) -> Iterator[Filling]:
+    def _filled(self, chunks: Iterator[Chunk], pieces: Sequence[TokenBlock], ring: Ring) -> Iterator[DeviceFilling]:
         """Every chunk when it is on the device; while its batches are asked for, the next one is read."""
 
         def next_located() -> Located | None:
@@ -126,16 +126,16 @@ class DeviceMixing:
                 ahead = None if found is None else self._fill(found, pieces[i % 2], ring)
                 yield now
 
-    def _fill(self, found: Located, piece: TokenBlock, ring: Ring) -> Filling:
+    def _fill(self, found: Located, piece: TokenBlock, ring: Ring) -> DeviceFilling:
         n_tokens, order = self.reader.n_tokens, found.order.to(self.device, non_blocking=True)
         ring.after_computation()
         for i in range(0, len(found.images), self.images_per_slot):
             images = found.images[i : i + self.images_per_slot]
             rows = piece.part(i * n_tokens, (i + len(images)) * n_tokens)
             ring.put(Job(images, found.places[i : i + len(images)], rows))
-        return Filling(piece, order, found.ends_epoch)
+        return DeviceFilling(piece, order, found.ends_epoch)
 
-    def _gathered(self, fillings: Iterable[Filling], ring: Ring) -> Iterator[TokenBlock | None]:
+    def _gathered(self, fillings: Iterable[DeviceFilling], ring: Ring) -> Iterator[TokenBlock | None]:
         waiting: TokenBlock | None = None
         for rows, order, ends_epoch in fillings:
             begin, end = 0, self.batch_size - (0 if waiting is None else len(waiting.tokens))

@@ -21,7 +21,7 @@ _TASK = 2**24
 """Bytes that a thread reads at a time, about: enough for what the interpreter does about them not to matter."""
 
 
-class Filling(NamedTuple):
+class HostFilling(NamedTuple):
     """Rows in their order, once the reads are done."""
 
     rows: TokenBlock
@@ -76,7 +76,7 @@ class HostMixing:
             if ends_epoch:
                 yield None
 
-    def _fill(self, chunk: Chunk, rest: TokenBlock | None, readers: ThreadPoolExecutor) -> Filling:
+    def _fill(self, chunk: Chunk, rest: TokenBlock | None, readers: ThreadPoolExecutor) -> HostFilling:
         """Begin to read a chunk; what did not fill a batch of the last one goes before it."""
         n, n_rest = len(chunk.order), 0 if rest is None else len(rest.tokens)
         rows = self.reader.format.rows(n_rest + n, self._pieces.take())
@@ -89,4 +89,4 @@ class HostMixing:
         for i in range(0, len(chunk.images), self.images_per_task):
             some = slice(i, i + self.images_per_task)
             reads.append(readers.submit(self.reader.read, chunk.images[some], rows, place_of[some]))
-        return Filling(rows.part(0, n_rest + n - chunk.n_skipped), reads, chunk.ends_epoch)
+        return HostFilling(rows.part(0, n_rest + n - chunk.n_skipped), reads, chunk.ends_epoch)

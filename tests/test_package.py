@@ -111,19 +111,38 @@ def test_its_commands_run_where_there_is_no_clone(site: Path, tmp_path: Path) ->
     assert python(site, tmp_path, "-c", "import fluxsae; print(fluxsae.__file__)").startswith(str(site))
     assert re.fullmatch(r"fluxsae [\d.]+\n", run(site, tmp_path, "--version"))
     (tmp_path / "prompts.txt").write_text("a small fox, blue background\na large house, white background\n")
-    run(site, tmp_path, "init", "mine", "--prompts", "prompts.txt")
-    assert "[1/1] capture" in run(site, tmp_path, "study", "-c", "mine/study.yaml", "--until", "capture")
-    captured = tmp_path / "mine" / "run" / "capture"
-    assert '"model": "bundled:tiny-flux"' in (captured / "generation.json").read_text()
-    shutil.copytree(site, tmp_path / "elsewhere")  # another installation, or another machine
-    said = run(tmp_path / "elsewhere", tmp_path, "study", "-c", "mine/study.yaml", "--until", "capture")
-    assert "complete and unchanged, skipped" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "mine", "prompts.txt"]
+    said = run(site, tmp_path, "init", "mine", "--prompts", "prompts.txt", "--sites", "single_transformer_blocks.0")
+    assert "2 prompts, bundled:tiny-flux" in said and "fluxsae study -c mine/study.yaml" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "prompts.txt"]
 
 
-@pytest.mark.slow
-def test_the_demo_runs_where_there_is_no_clone(site: Path, tmp_path: Path) -> None:
-    said = run(site, tmp_path, "demo")
-    assert "7 of 7 stages run" in said and "most coherent" in said
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert (tmp_path / "runs" / "tiny" / "figures" / "contact_sheet.png").exists()
+def test_the_demo_runs_every_stage_where_there_is_no_clone(site: Path, tmp_path: Path) -> None:
+    """On fewer prompts, epochs, features and steered images, which is all that is changed."""
+    short, here = tmp_path / "short", tmp_path / "here"
+    shutil.copytree(site, short)
+    here.mkdir()
+    configs = short / "fluxsae" / "bundled" / "configs" / "tiny"
+    for name, n_prompts in (("prompts.jsonl", 24), ("steering-prompts.txt", 1)):
+        lines = (configs / name).read_text().splitlines(keepends=True)
+        (configs / name).write_text("".join(lines[:n_prompts]))
+    change(configs / "steering.yaml", n_features=2, strengths="[2.0]", n_random=1, repetitions=1)
+    for name in ("topk.yaml", "l1.yaml"):
+        change(configs / name, max_epochs=2, check_val_every_n_epoch=1, batch_size=256, n_features=64)
+
+    said = run(short, here, "demo")
+    assert "7 of 7 stages run" in said and "Where to look" in said
+    assert [path.name for path in here.iterdir()] == ["runs"]
+    root = here / "runs" / "tiny"
+    assert '"model": "bundled:tiny-flux"' in (root / "capture" / "generation.json").read_text()
+    assert (root / "figures" / "contact_sheet.png").exists() and (root / "sae" / "checkpoints" / "last.ckpt").exists()
+
+    short.rename(tmp_path / "elsewhere")  # as if the study had come from another machine
+    assert run(tmp_path / "elsewhere", here, "demo").count("complete and unchanged, skipped") == 7
+
+
+def change(config: Path, **values: object) -> None:
+    text = config.read_text()
+    for key, value in values.items():
+        text, n_changed = re.subn(rf"(?<= {key}: ).*", str(value), text)
+        assert n_changed == 1
+    config.write_text(text)

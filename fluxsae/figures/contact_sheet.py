@@ -155,8 +155,9 @@ class _Sheet:
 
     def box(self, edges: tuple[Points, Points, Points, Points], colour: str) -> None:
         left, top, right, bottom = edges
-        x1, y1 = self._at(right, bottom)
-        self.draw.rectangle((*self._at(left, top), x1 - 1, y1 - 1), fill=colour)
+        (x0, y0), (x1, y1) = self._at(left, top), self._at(right, bottom)
+        if x1 > x0 and y1 > y0:  # the least coherent feature's bar has no width
+            self.draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour)
 
     def _coherence(self, y: Points, feature: Feature) -> None:
         assert feature.coherence is not None

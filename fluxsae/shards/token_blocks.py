@@ -164,7 +164,7 @@ def _arrays(rows: TokenBlock) -> tuple[Shaped[np.ndarray, "N B"], Shaped[np.ndar
 
 def _read(stored: Stored, offset: int, target: Shaped[np.ndarray, "..."]) -> bool:
     """Fill an array with what a member holds from an offset on; whether the file had all of it."""
-    memory, begin, done = memoryview(target).cast("B"), stored.start + offset, 0
+    memory, begin, done = target.data.cast("B"), stored.start + offset, 0
     while done < len(memory):
         n_read = os.preadv(stored.tar.file.fd, [memory[done:]], begin + done)  # some file systems give less
         if n_read == 0:

@@ -129,11 +129,10 @@ def fit(
     sae, training = make(kind)
     dtype = torch.float64 if fused is None else torch.float32
     if fused is not None:
-        training |= {"dead_after": 25, "check_every": 2}
+        training |= {"fused": fused, "dead_after": 25, "check_every": 2}
         with torch.no_grad():
             sae.b_enc[:NEVER_FIRE] = -0.5  # which AuxK can lift: in eight steps it moves their rows by 0.01
     if fused:
-        training["fused"] = True
         choice.why_not_fused = lambda *_: None
         Settings.of = staticmethod(  # type: ignore[method-assign]
             lambda objective, betas, fp8_encoder: Settings(**asdict(objective), betas=betas, dtype=dtype)

@@ -1,15 +1,12 @@
-"""Reads the tokens of whole images as they are stored, each row to its own place in memory: one copy.
+"""Reads the tokens of whole images as they are stored, each row to its own place in memory.
 
-What the page cache holds is copied from a map of it, which costs two thirds of a read. What it does not hold is read: a
-disk that fails then ends in an error, where a map would end the process. Beside a busy interpreter it is calls that
-count, as a thread waits for its turn after each: images in order are copied by one call.
-Legend: N rows of memory, M some of them, I images, T tokens an image, D width, P pieces of memory that one image fills.
+They are read from the file, not copied from a map of it: a disk that fails then ends in an error, where a map would end
+the process. An image goes through a small buffer, which stays in the processor's cache.
+Legend: N rows of memory, M some of them, I images, T tokens an image, D width.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import threading
 from collections.abc import Sequence
@@ -17,26 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64, UInt64
+from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor
 
 from fluxsae.shards.encoding import TokenLayout, decode_fp8
 from fluxsae.shards.read import ShardSet, Stored
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.preadv.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_int64]
-_libc.preadv.restype = ctypes.c_ssize_t
-if _TELLS := hasattr(_libc, "mincore"):
-    _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-if _COPIES := _TELLS and hasattr(_libc, "process_vm_readv"):
-    _pieces_of_memory = (ctypes.c_void_p, ctypes.c_ulong)
-    _libc.process_vm_readv.argtypes = [ctypes.c_int, *_pieces_of_memory, *_pieces_of_memory, ctypes.c_ulong]
-    _libc.process_vm_readv.restype = ctypes.c_ssize_t
-    _short = ctypes.PyDLL(None)  # for calls too short to let other threads go on meanwhile
-    _short.mincore.argtypes = _libc.mincore.argtypes
-_PAGE = os.sysconf("SC_PAGESIZE")
-_MOST = os.sysconf("SC_IOV_MAX")
-"""Pieces of memory that one call can fill."""
 
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
@@ -117,38 +99,23 @@ class RowReader:
         """Token t of image i goes to `rows[places[i, t]]`; ValueError as from `ShardSet.tokens` for a damaged one."""
         # All found before the first is read, since what is read drives the interpreter out of the processor's cache.
         found = [self._find(image) for image in images]
-        n_tokens, width = places.shape[1], rows.tokens[0].nbytes
-        tokens, scales = rows.tokens.view(torch.uint8).numpy(), None if rows.scale is None else rows.scale.numpy()
-        pages = _Pages()
-        absent = []
-        for i, stored in enumerate(found):
-            layout, memory = stored.layout, stored.tar.map
-            if not pages.are_in_memory(stored):
-                absent.append(i)
-                continue
-            mapped = np.frombuffer(memory, np.uint8, n_tokens * width, stored.start + layout.tokens)
-            tokens[places[i]] = mapped.reshape(n_tokens, width)
-            if scales is not None and layout.scale is not None:
-                scales[places[i]] = np.frombuffer(memory, np.float32, n_tokens, stored.start + layout.scale)
-        if absent:
-            rest, places = [images[i] for i in absent], places[absent]
-            found = [found[i] for i in absent]
-            self._fill(rest, found, _pieces(rows.tokens, places))
+        tokens, scales = _arrays(rows)
+        some, some_scales = np.empty_like(tokens, shape=(self.n_tokens, tokens.shape[1])), None
+        if scales is not None:
+            some_scales = np.empty_like(scales, shape=self.n_tokens)
+        for image, stored, place in zip(images, found, places, strict=True):
+            self._fill(image, stored, some, some_scales)
+            tokens[place] = some
             if scales is not None:
-                scale = torch.empty(places.shape)
-                self._fill_scale(rest, found, scale)
-                scales[places] = scale.numpy()
+                scales[place] = some_scales
 
     def read_in_order(self, images: Sequence[int], rows: TokenBlock) -> None:
         """The tokens of several images, one after the other; ValueError as from `read`."""
         found = [self._find(image) for image in images]
-        pieces = _whole(rows.tokens.view(len(images), -1))
-        scale = None if rows.scale is None else rows.scale.view(len(images), -1)
-        if _copied(found, pieces, None if scale is None else _whole(scale)):
-            return
-        self._fill(images, found, pieces)
-        if scale is not None:
-            self._fill_scale(images, found, scale)
+        tokens, scales = _arrays(rows)
+        for i, (image, stored) in enumerate(zip(images, found, strict=True)):
+            its = slice(i * self.n_tokens, (i + 1) * self.n_tokens)
+            self._fill(image, stored, tokens[its], None if scales is None else scales[its])
 
     def located(self, images: Sequence[int]) -> Int64[np.ndarray, "I 3"]:
         """The shard of each image, and where in it its tokens and their scales begin; ValueError as from `read`.
@@ -164,16 +131,14 @@ class RowReader:
             places[i, 1:] = stored.start + stored.layout.tokens, stored.start + (stored.layout.scale or 0)
         return places
 
-    def _fill(self, images: Sequence[int], found: Sequence[Stored], pieces: UInt64[np.ndarray, "I P 2"]) -> None:
-        self._check(images, _scatter(found, [stored.layout.tokens for stored in found], pieces))
-
-    def _fill_scale(self, images: Sequence[int], found: Sequence[Stored], scale: Float[Tensor, "I T"]) -> None:
-        offsets = [stored.layout.scale for stored in found if stored.layout.scale is not None]
-        self._check(images, _scatter(found, offsets, _whole(scale)))
-
-    def _check(self, images: Sequence[int], arrived: int) -> None:
-        if arrived < len(images):
-            raise self.shards.damaged(images[arrived], "it is cut short")
+    def _fill(
+        self, image: int, stored: Stored, tokens: Shaped[np.ndarray, "T B"], scales: Shaped[np.ndarray, "T"] | None
+    ) -> None:
+        whole = _read(stored, stored.layout.tokens, tokens)
+        if scales is not None and stored.layout.scale is not None:
+            whole = _read(stored, stored.layout.scale, scales) and whole
+        if not whole:
+            raise self.shards.damaged(image, "it is cut short")
 
     def _find(self, image: int) -> Stored:
         with self._lock:  # the set's maps and indices are not made for several threads
@@ -192,100 +157,17 @@ def _format(layout: TokenLayout) -> Format:
     return Format(layout.dtype, layout.shape[1], layout.scale is not None)
 
 
-class _Pages:
-    """Asks which pages of a map are in memory, again and again."""
+def _arrays(rows: TokenBlock) -> tuple[Shaped[np.ndarray, "N B"], Shaped[np.ndarray, "N"] | None]:
+    """The same memory: tokens as bytes, B a row, and their scales."""
+    return rows.tokens.view(torch.uint8).numpy(), None if rows.scale is None else rows.scale.numpy()
 
-    def __init__(self) -> None:
-        self._told = bytearray()
-        self._address = 0
 
-    def are_in_memory(self, stored: Stored) -> bool:
-        """Whether all pages that hold an image's tokens and their scales are, and the file still has them."""
-        layout, tar = stored.layout, stored.tar
-        begin, end = stored.start + min(layout.tokens, layout.scale or layout.tokens), stored.start + _end(layout)
-        if not _TELLS or os.fstat(tar.file.fd).st_size < end:
+def _read(stored: Stored, offset: int, target: Shaped[np.ndarray, "..."]) -> bool:
+    """Fill an array with what a member holds from an offset on; whether the file had all of it."""
+    memory, begin, done = target.data.cast("B"), stored.start + offset, 0
+    while done < len(memory):
+        n_read = os.preadv(stored.tar.file.fd, [memory[done:]], begin + done)  # some file systems give less
+        if n_read == 0:
             return False
-        first = (tar.address + begin) // _PAGE * _PAGE
-        n_bytes = tar.address + end - first
-        n_pages = -(-n_bytes // _PAGE)
-        if n_pages > len(self._told):
-            self._told = bytearray(n_pages)
-            self._address = ctypes.addressof(ctypes.c_ubyte.from_buffer(self._told))
-        return _libc.mincore(first, n_bytes, self._address) == 0 and self._told.count(1, 0, n_pages) == n_pages
-
-
-def _copied(
-    found: Sequence[Stored], tokens: UInt64[np.ndarray, "I 1 2"], scale: UInt64[np.ndarray, "I 1 2"] | None
-) -> bool:
-    """Copy what images hold to their pieces from the maps; False where not all seem to be in memory, or were copied.
-
-    Images ascend. The kernel copies, for which what a map does not have after all is no fault but an end.
-    """
-    ends = {stored.tar.file.fd: stored.start + _end(stored.layout) for stored in found}  # of the last in each
-    if not _COPIES or any(os.fstat(fd).st_size < end for fd, end in ends.items()):
-        return False
-    address = np.array([stored.tar.address + stored.start + stored.layout.tokens for stored in found], np.uint64)
-    size = int(tokens[0, 0, 1])
-    if not all(_is_in_memory(one + size // 2) for one in address.tolist()):
-        return False
-    sources, targets = [_sized(address, size)], [tokens[:, 0]]
-    if scale is not None:
-        apart = np.array([(stored.layout.scale or 0) - stored.layout.tokens for stored in found])
-        sources.append(_sized(address + apart.astype(np.uint64), int(scale[0, 0, 1])))
-        targets.append(scale[:, 0])
-    source, target = np.concatenate(sources), np.concatenate(targets)
-    for i in range(0, len(source), _MOST):
-        n = min(_MOST, len(source) - i)
-        read = _libc.process_vm_readv(os.getpid(), target.ctypes.data + 16 * i, n, source.ctypes.data + 16 * i, n, 0)
-        if read != source[i : i + n, 1].sum():
-            return False
+        done += n_read
     return True
-
-
-def _sized(addresses: UInt64[np.ndarray, "*shape"], size: int) -> UInt64[np.ndarray, "*shape 2"]:
-    """Pieces of memory of one size, as struct iovec: an address and a length."""
-    return np.stack([addresses, np.full_like(addresses, size)], axis=-1)
-
-
-def _end(layout: TokenLayout) -> int:
-    """Where what is read of a member ends, from its start."""
-    n_tokens, width = layout.shape
-    end = layout.tokens + n_tokens * width * layout.dtype.itemsize
-    return end if layout.scale is None else max(end, layout.scale + 4 * n_tokens)
-
-
-def _is_in_memory(address: int) -> bool:
-    """Whether the page at this address of a map is."""
-    told = ctypes.c_ubyte(0)
-    return _short.mincore(address // _PAGE * _PAGE, _PAGE, ctypes.byref(told)) == 0 and bool(told.value & 1)
-
-
-def _pieces(rows: Tensor, places: Int64[np.ndarray, "I P"]) -> UInt64[np.ndarray, "I P 2"]:
-    """Where the rows at `places` are in memory."""
-    size = rows.shape[1] * rows.itemsize
-    return _sized((rows.data_ptr() + places * size).astype(np.uint64), size)
-
-
-def _whole(rows: Tensor) -> UInt64[np.ndarray, "I 1 2"]:
-    """A row an image, in one piece."""
-    return _pieces(rows, np.arange(len(rows))[:, None])
-
-
-def _scatter(found: Sequence[Stored], offsets: Sequence[int], pieces: UInt64[np.ndarray, "I P 2"]) -> int:
-    """Fill pieces of one length with the bytes from each image's offset on; for how many images there were enough."""
-    address, size, n_pieces = pieces.ctypes.data, int(pieces[0, 0, 1]), pieces.shape[1]
-    for i, (stored, offset) in enumerate(zip(found, offsets, strict=True)):
-        begin, done = stored.start + offset, 0
-        while done < n_pieces * size:
-            first = done // size
-            n = min(_MOST, n_pieces - first)
-            n_read = _libc.preadv(stored.tar.file.fd, address + 16 * (i * n_pieces + first), n, begin + done)
-            if n_read < 0 and ctypes.get_errno() != errno.EINTR:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(stored.tar.file.path))
-            if n_read == 0:
-                return i
-            done += max(0, n_read)
-            if done % size:  # some file systems give less than they are asked for: go on within a piece
-                piece, left = pieces[i, done // size], size - done % size
-                piece[:] = piece.sum() - left, left
-    return len(found)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
+import errno
 import os
 import threading
 from itertools import islice, pairwise
@@ -26,9 +25,7 @@ from fluxsae.data.mixing.memory import Recycled
 from fluxsae.data.mixing.order import WHOLE, Part, draw_chunks, largest_chunk
 from fluxsae.data.mixing.tokens import MixedTokens
 from fluxsae.shards import ShardSet
-from fluxsae.shards import token_blocks as rows
 from fluxsae.shards.format import Storage
-from fluxsae.shards.read import Stored
 from fluxsae.shards.token_blocks import RowReader, TokenBlock
 from tests.synthetic import token_shards
 
@@ -324,63 +321,28 @@ def test_a_shard_that_loses_its_end_while_it_is_read(tmp_path: Path, device: tor
         list(data)
 
 
-class Stingy:
-    """Has nothing in memory, and reads seven bytes at a time, however many are asked for."""
-
-    def mincore(self, address: int, n_bytes: int, pages: int) -> int:
-        ctypes.memset(pages, 0, -(-n_bytes // mmap.PAGESIZE))
-        return 0
-
-    def process_vm_readv(self, *_: Any) -> int:
-        return -1
-
-    def preadv(self, fd: int, pieces: int, n: int, offset: int) -> int:
-        address, size = (ctypes.c_uint64 * 2).from_address(pieces)
-        read = os.pread(fd, min(size, 7), offset)
-        ctypes.memmove(address, read, len(read))
-        return len(read)
-
-
-@pytest.mark.parametrize("absent", [set(), {3, 7, 23}, set(range(24))])
-def test_images_come_from_memory_or_from_the_file(
-    shards: ShardSet, absent: set[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("storage", ["bf16", "fp8"])
+def test_a_file_system_that_gives_less_than_it_is_asked_for(
+    tmp_path: Path, storage: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_memory, mapped = rows._Pages.are_in_memory, []
-
-    def sometimes(pages: Any, stored: Stored) -> bool:
-        assert in_memory(pages, stored)  # the set was written a moment ago
-        mapped.append(stored.start)
-        return (stored.tar.file.path, stored.start) not in places
-
-    places = [(stored.tar.file.path, stored.start) for stored in map(shards.stored_tokens, absent)]
-    monkeypatch.setattr(rows._Pages, "are_in_memory", sometimes)
-    data = MixedTokens(shards, range(24), batch_size=40, seed=3)
-    data.epoch = 1
-    found = torch.cat([batch.decoded() for batch in data])
-    assert torch.equal(found, torch.cat(plain_batches(shards, 24, 1024, 40))) and len(mapped) >= 24
-
-
-@pytest.mark.parametrize("absent", [False, True])
-def test_images_in_order_are_copied_by_one_call(
-    shards: ShardSet, absent: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copied, read = [], []
-    copy, fill = rows._copied, RowReader._fill
-    monkeypatch.setattr(rows, "_copied", lambda *arguments: copied.append(copy(*arguments)) or copied[-1])
-    monkeypatch.setattr(RowReader, "_fill", lambda *arguments: read.append(fill(*arguments)))
-    if absent:
-        monkeypatch.setattr(rows, "_is_in_memory", lambda address: False)
+    shards, read = token_shards(tmp_path, 12, 2, storage=storage), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, pieces, offset: read(fd, [pieces[0][:7]], offset))
+    expected = shards.tokens_batch(range(24))
     [batch] = ImagesAhead(shards, range(24), 24)
-    assert torch.equal(batch.tokens(), shards.tokens_batch(range(24)))
-    assert copied == [not absent] and len(read) == int(absent)
+    assert torch.equal(batch.tokens(), expected)
+    mixed = torch.cat([batch.decoded() for batch in MixedTokens(shards, range(24), batch_size=40)])
+    assert torch.equal(mixed.sort(dim=0).values, expected.flatten(0, 1).sort(dim=0).values)
 
 
-def test_a_file_system_that_gives_less_than_it_is_asked_for(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fluxsae.shards.token_blocks._libc", Stingy())
-    data = MixedTokens(shards, range(24), batch_size=40, seed=3)
-    data.epoch = 1
-    found = torch.cat([batch.decoded() for batch in data])
-    assert torch.equal(found.cpu(), torch.cat(plain_batches(shards, 24, 1024, 40)))
+def test_a_disk_that_fails_is_an_error(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        list(MixedTokens(shards, range(24), batch_size=40))
+    with pytest.raises(OSError, match="Input/output error"):
+        list(ImagesAhead(shards, range(24), 24))
 
 
 def test_what_the_other_process_cannot_read_is_read_here(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def open_sets(
     return sets
 
 
-def claim_folder(folder: Path, spec: GenerationSpec, data: PromptData, write: bool) -> None:
+def check_or_record_generation(folder: Path, spec: GenerationSpec, data: PromptData, write: bool) -> None:
     """Write what this capture is. ValueError when the folder holds another, naming each field and both values."""
     path = folder / GENERATION
     if path.exists():

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fluxsae.capture.folder import (
     CaptureSet,
+    check_or_record_generation,
     check_space,
-    claim_folder,
     image_bytes,
     open_sets,
     set_folder,
@@ -153,7 +153,7 @@ class FluxCapture(LightningModule):
         self._started = math.nan
 
     def configure_callbacks(self) -> list[Callback]:
-        return [AbandonParts(), OneRunOnly(self.folder)]  # parts go while the folder is still claimed
+        return [AbandonParts(), OneRunOnly(self.folder)]  # parts go while the folder is still locked
 
     def setup(self, stage: str) -> None:
         """Everything that can be refused before weights are loaded: sites, a full disk, a folder of something else."""
@@ -161,13 +161,13 @@ class FluxCapture(LightningModule):
         self.spec = self._generation_spec(self.data)
         skeleton = transformer_skeleton(self.model)
         shapes = token_shapes(skeleton, self.sites, self.spec.grid, self.spec.text_length)
-        claim_folder(self.folder, self.spec, self.data, write=False)
+        check_or_record_generation(self.folder, self.spec, self.data, write=False)
         keys = product(self.sites, self.steps)
         self.sets = open_sets(self.folder, self.spec, keys, self.storage, self.data, self.images, self.skip_not_finite)
         sizes = {str(site): token_bytes(*shape, self.storage) for site, shape in zip(self.sites, shapes, strict=True)}
         if self.trainer.is_global_zero:
             check_space(self.folder, [self._bytes_to_come(one, sizes) for one in self.sets])
-        claim_folder(self.folder, self.spec, self.data, write=self.trainer.is_global_zero)
+        check_or_record_generation(self.folder, self.spec, self.data, write=self.trainer.is_global_zero)
         self._n_tokens = len(self.steps) * sum(shape.n_tokens for shape in shapes)
         self._background = Background()
         self._progress = ProgressLog()

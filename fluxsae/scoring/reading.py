@@ -48,7 +48,7 @@ class CodeReading(LightningModule):
         self.path = sae
         self.fused = fused
         self.pooling: Pooling = PlainPooling(self.sae)
-        self._unproven = False
+        self._unchecked = False
         self.allow = tuple(allow or ())
 
     def on_predict_start(self) -> None:
@@ -64,13 +64,13 @@ class CodeReading(LightningModule):
         self.trainer.predict_loop.return_predictions = False  # those of all images would fill the memory
         if self.fused:
             self.pooling = pooling_of(self.sae, str(self.trainer.precision))
-        self._unproven = type(self.pooling) is not PlainPooling
+        self._unchecked = type(self.pooling) is not PlainPooling
 
     def prove(self, tokens: Float[Tensor, "B T D"]) -> None:
         """Once a run, go on by PyTorch where kernels, which few of all GPUs have run, find grossly other scores."""
-        if not self._unproven:
+        if not self._unchecked:
             return
-        self._unproven = False
+        self._unchecked = False
         plain, first = PlainPooling(self.sae), tokens[:1]
         expected = plain.pool(first).scores
         off, length = float((self.pooling.pool(first).scores - expected).norm()), float(expected.norm())

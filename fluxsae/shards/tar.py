@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 _BLOCK = 512
 
 
@@ -35,10 +33,9 @@ class File:
 
 
 class Tar(NamedTuple):
-    """A shard: mapped, to find what it holds, where that is in memory, and open, to read much at once."""
+    """A shard: mapped, to find what it holds, and open, to read much at once."""
 
     map: mmap.mmap
-    address: int
     file: File
 
 
@@ -48,7 +45,7 @@ def open_tar(path: Path, n_bytes: int) -> Tar:
     if len(tar) != n_bytes:
         where = _last_member(tar, path)
         raise ValueError(f"{path} has {len(tar)} bytes, expected {n_bytes} ({where}); restore it or capture again.")
-    return Tar(tar, np.frombuffer(tar, np.uint8).ctypes.data, File(path))
+    return Tar(tar, File(path))
 
 
 def map_tar(path: Path) -> mmap.mmap:

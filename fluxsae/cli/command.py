@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fluxsae
-from fluxsae.files import bundled, unknown_key
+from fluxsae.files import bundled, config_file, unknown_key
 
 VERBS = {
     "fit": "train a sparse autoencoder on captured tokens",
@@ -187,7 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fluxsae {fluxsae.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     study = commands.add_parser("study", help="run every stage of a study, skipping what is complete and unchanged")
-    study.add_argument("-c", "--config", type=Path, required=True, help="the study's YAML file")
+    study.add_argument(
+        "-c", "--config", type=config_file, required=True, help="the study's YAML file, or bundled:tiny/study.yaml"
+    )
     demo = commands.add_parser("demo", help="run the study of the bundled model, into runs/tiny")
     for command in (study, demo):
         command.add_argument("--root", type=Path, metavar="DIR", help="the study's folder, if not the one that it says")

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import yaml
 
 import fluxsae
+from fluxsae.files import config_file
 from fluxsae.study import names_root, read_config, read_mapping, root_beside, substitute
 
 RENAMED_OPTIONS: dict[str, dict[str, str]] = {"SAETraining": {"revive": "dead_bias_increment"}}
@@ -127,9 +128,9 @@ def _take_files(words: list[str]) -> list[Path | str]:
         if word in ("-c", "--config"):
             if not words:
                 raise ValueError(f"{word} names no file; write {word} and a config file, such as {word} topk.yaml.")
-            parts.append(Path(words.pop(0)))
+            parts.append(config_file(words.pop(0)))
         elif word.startswith("--config="):
-            parts.append(Path(word.removeprefix("--config=")))
+            parts.append(config_file(word.removeprefix("--config=")))
         else:
             parts.append(word)
     return parts

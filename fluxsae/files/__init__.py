@@ -1,6 +1,6 @@
 """Whole files, JSON, CSV, YAML, hashes, and a lock for each folder. Nothing of ours is imported here."""
 
-from fluxsae.files.bundled_files import bundled, weights_folder
+from fluxsae.files.bundled_files import bundled, config_file, weights_folder
 from fluxsae.files.folder_lock import FolderInUseError, FolderLock
 from fluxsae.files.hashes import hash_of_ends, sha256_file
 from fluxsae.files.json_files import hash_json, read_json, sealed, unsealed, write_json
@@ -14,6 +14,7 @@ __all__ = [
     "FolderInUseError",
     "FolderLock",
     "bundled",
+    "config_file",
     "derived_seed",
     "hash_json",
     "hash_of_ends",

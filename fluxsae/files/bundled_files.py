@@ -37,3 +37,8 @@ def weights_folder(name: str | Path) -> Path:
     """
     text = str(name)
     return bundled(f"checkpoints/{text.removeprefix(PREFIX)}") if text.startswith(PREFIX) else Path(name)
+
+
+def config_file(name: str) -> Path:
+    """The config file that a name means: `bundled:tiny/topk.yaml` comes with the package, all else is a path."""
+    return bundled("configs") / name.removeprefix(PREFIX) if name.startswith(PREFIX) else Path(name)

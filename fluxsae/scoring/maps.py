@@ -27,7 +27,7 @@ class FeatureMapping(CodeReading):
 
     def predict_step(self, batch: TokenBatch) -> Int[Tensor, "B"]:
         """Which images the batch holds: their codes are to be had from `pooling`."""
-        self.prove(batch.tokens)
+        self.check_against_pytorch(batch.tokens)
         return batch.images
 
 

@@ -48,7 +48,7 @@ class SAEScoring(CodeReading):
         return self.pooling.pool(tokens)
 
     def predict_step(self, batch: TokenBatch) -> ImageScores:
-        self.prove(batch.tokens)
+        self.check_against_pytorch(batch.tokens)
         shards = shards_of(self.trainer)
         keys = [prompt_key(shards.record(image).prompt) for image in batch.images.tolist()]
         prompts = torch.tensor(keys, device=batch.images.device)

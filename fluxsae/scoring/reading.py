@@ -66,7 +66,7 @@ class CodeReading(LightningModule):
             self.pooling = pooling_of(self.sae, str(self.trainer.precision))
         self._unchecked = type(self.pooling) is not PlainPooling
 
-    def prove(self, tokens: Float[Tensor, "B T D"]) -> None:
+    def check_against_pytorch(self, tokens: Float[Tensor, "B T D"]) -> None:
         """Once a run, go on by PyTorch where kernels, which few of all GPUs have run, find grossly other scores."""
         if not self._unchecked:
             return

@@ -8,13 +8,13 @@ Legend: N tokens, D width.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -26,26 +26,14 @@ from fluxsae.runtime import OneAllReduce, OneRunOnly, Processes
 from fluxsae.sae import SAE, Metrics, class_path, gather, save_sae, shard
 from fluxsae.training.dead_features import DeadFeatures, take_older_counts
 from fluxsae.training.held_out import HeldOut
+from fluxsae.training.protocols import SweepMember, TrainedOnTokens
 from fluxsae.training.steps import Objective, Outcome, RunFacts, StepAdam, TrainingStep, choose_step
 from fluxsae.training.training_log import TrainingLog, at, lr_factor
 
 _logger = logging.getLogger(__name__)
 
 
-class TrainedOnTokens(LightningModule):
-    """A training that tests as it validates: on the held-out tokens."""
-
-    def on_test_epoch_start(self) -> None:
-        self.on_validation_epoch_start()
-
-    def test_step(self, batch: Float[Tensor, "N D"], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
-
-    def on_test_epoch_end(self) -> None:
-        self.on_validation_epoch_end()
-
-
-class SAETraining(TrainedOnTokens):
+class SAETraining(SweepMember, TrainedOnTokens):
     """Minimises the squared error of normalised tokens, plus the SAE's own penalty, plus AuxK for dead features.
 
     Tokens are centred and scaled by the shards' statistics, which become part of the SAE; so b_dec, which starts at 0,
@@ -111,15 +99,11 @@ class SAETraining(TrainedOnTokens):
         self.fp8_encoder = fp8_encoder
         self.n_steps = float("inf")
         self.held_out = HeldOut()
-        self._records = TrainingLog(self.log)
+        self.records = TrainingLog(self.log)
         self._step: TrainingStep | None = None
-        self._optimizer: StepAdam
-        self._schedule: torch.optim.lr_scheduler.LRScheduler
+        self.optimizer: StepAdam
+        self.schedule: torch.optim.lr_scheduler.LRScheduler
         self._written = False
-
-    def join(self, name: str, log: Callable[..., None]) -> None:
-        """Become the member `name` of a sweep, which logs for it: Lightning lets only the module that it runs log."""
-        self._records = TrainingLog(log, name)
 
     def configure_callbacks(self) -> list[Callback]:
         return [OneRunOnly(self.folder)] if self.trainer.training else []
@@ -153,9 +137,9 @@ class SAETraining(TrainedOnTokens):
         # Not while the optimizer is configured: asking makes Lightning open the data, before a resumed run's place in
         # them is restored.
         self.n_steps = float(self.trainer.estimated_stepping_batches)
-        run = run_facts(self.trainer, in_sweep=bool(self._records.member))
+        run = run_facts(self.trainer, in_sweep=bool(self.records.member))
         self._step = choose_step(
-            self.sae, self.objective, self._optimizer, self._processes, run, self.fused, self.fp8_encoder
+            self.sae, self.objective, self.optimizer, self._processes, run, self.fused, self.fp8_encoder
         )
         self._let_ddp_average()
 
@@ -163,7 +147,7 @@ class SAETraining(TrainedOnTokens):
         step, dead = self.global_step, self.dead_features
         if self.resample_every is not None and step > 0 and step % self.resample_every == 0:
             self.synchronize_weights()
-            dead.restart(self.sae, self._optimizer, batch, self._processes, seed=step)
+            dead.restart(self.sae, self.optimizer, batch, self._processes, seed=step)
             self.synchronize_weights()
         if dead.features is None or step % self.check_every == 0:
             self._raise_if_not_finite()
@@ -183,20 +167,14 @@ class SAETraining(TrainedOnTokens):
         self._making.backward(loss, *arguments, **named)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._making.finish_gradients(self._optimizer)
+        self._making.finish_gradients(self.optimizer)
 
     def optimizer_step(self, *arguments: Any, **named: Any) -> None:
         super().optimizer_step(*arguments, **named)
-        # Here rather than at the end of the batch, when a checkpoint may already be written.
-        self.dead_features.after_step(self.sae, *self._making.fired())
+        self.after_optimizer_step()  # rather than at the end of the batch, when a checkpoint may already be written
 
-    def update(self) -> None:
-        """One step of the optimizer and its schedule, as a Trainer makes it; for a sweep, which must make it itself."""
-        self.on_before_optimizer_step(self._optimizer)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+    def after_optimizer_step(self) -> None:
         self.dead_features.after_step(self.sae, *self._making.fired())
-        self._schedule.step()
 
     def synchronize_weights(self) -> None:
         """Between steps: bring weights up to date for whoever reads them, and take what others wrote."""
@@ -212,9 +190,9 @@ class SAETraining(TrainedOnTokens):
 
     def on_validation_epoch_end(self) -> None:
         metrics = self.end_measuring()
-        self._records.validation(metrics)
+        self.records.validation(metrics)
         if self.measured:
-            self._records.histograms(self.loggers, self.sae, metrics, self.global_step)
+            self.records.histograms(self.loggers, self.sae, metrics, self.global_step)
 
     def end_measuring(self) -> Metrics:
         """The metrics of the held-out tokens seen since `on_validation_epoch_start`, kept for the summary."""
@@ -235,10 +213,10 @@ class SAETraining(TrainedOnTokens):
             self._write()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        self._optimizer = StepAdam(self.sae.parameters(), lr=self.lr, betas=self.betas, fused=True)
+        self.optimizer = StepAdam(self.sae.parameters(), lr=self.lr, betas=self.betas, fused=True)
         # A function by itself: torch would save a method's own attributes in every checkpoint.
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda step: self._lr_factor(step))
-        return {"optimizer": self._optimizer, "lr_scheduler": {"scheduler": self._schedule, "interval": "step"}}
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: self._lr_factor(step))
+        return {"optimizer": self.optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
         return lr_factor(step, self.n_steps, self.warmup_steps, self.decay_fraction)
@@ -261,13 +239,13 @@ class SAETraining(TrainedOnTokens):
         lr = at(self.lr * self._lr_factor(self.global_step), self.device)
         measured = outcome.measure()._asdict()
         more = {"dead_fraction": self.dead_features.fraction, "lr": lr}
-        self._records.step({"loss": outcome.loss.detach(), **measured, **more})
+        self.records.step({"loss": outcome.loss.detach(), **measured, **more})
 
     def _raise_if_not_finite(self) -> None:
         """FloatingPointError naming the first step whose gradient was NaN or infinite, and where that came from."""
         ago = None if self._step is None else self._step.updates_since_bad()
         if ago is not None:
-            raise not_finite(self.global_step - ago, self._data, self.lr, self._records.member)
+            raise not_finite(self.global_step - ago, self._data, self.lr, self.records.member)
 
     def _write(self) -> None:
         """Write the SAE, with metrics of the weights as they are now."""

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fluxsae.data import ActivationData
 from fluxsae.runtime import OneRunOnly, count_manual_step
-from fluxsae.training.module import SAETraining, TrainedOnTokens, measure
+from fluxsae.training.module import SAETraining, measure
+from fluxsae.training.protocols import TrainedOnTokens
 
 _ADVICE = "Using ModelCheckpoint with manual optimization"
 """Lightning warns that a checkpoint holds the weights after the step that it is named for; so it should."""

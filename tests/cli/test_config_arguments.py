@@ -261,3 +261,11 @@ def test_a_wrong_override_of_figures_is_one_sentence(
     assert main(["figures", "-c", str(config), *arguments]) == 2
     err = capsys.readouterr().err
     assert said in err and err.count("\n") == 1
+
+
+def test_a_bundled_config_is_named_without_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file, more = read_arguments(["-c", "bundled:tiny/topk.yaml", "--config=bundled:ddp.yaml"]).files
+    assert file.values["model"]["init_args"]["folder"] == "runs/tiny/sae"
+    assert more.path.name == "ddp.yaml" and more.values["trainer"]["strategy"]
+    assert main(["fit", "-c", "bundled:tiny/topkk.yaml"]) == 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fluxsae.files import bundled as public
-from fluxsae.files.bundled_files import bundled, weights_folder
+from fluxsae.files.bundled_files import bundled, config_file, weights_folder
 from fluxsae.models.load import model_folder, weights_identity
 from fluxsae.scoring.clip import load_clip
 from fluxsae.study.plan import content_hash
@@ -42,3 +42,8 @@ def test_weights_are_the_same_by_either_name(tmp_path: Path, monkeypatch: pytest
     assert weights_identity("bundled:tiny-flux") == weights_identity("copy")
     assert content_hash(weights_folder("bundled:tiny-flux")) == content_hash(copy)
     assert load_clip("bundled:tiny-clip").model is not None
+
+
+def test_configs_that_come_with_the_package_have_names() -> None:
+    assert config_file("bundled:flux-dev/memory/24GB.yaml") == TOP / "configs" / "flux-dev" / "memory" / "24GB.yaml"
+    assert config_file("configs/ddp.yaml") == Path("configs/ddp.yaml")

@@ -28,8 +28,10 @@ def write_columns(path: str | Path, columns: Mapping[str, Sequence[Any]]) -> Non
 def _write_fields(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
+        quoting = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for row in (header, *rows):
+            # Python before 3.13 leaves a carriage return without quotes, and reads it as the end of a line.
+            (quoting if any("\r" in field for field in row) else writer).writerow(row)
 
 
 def read_columns(path: str | Path) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fluxsae.figures.contact_sheet import Example, SheetRow, contact_sheet
-from fluxsae.records import read_features
+from fluxsae.records import Feature, read_features
 
 TABLE = Path(__file__).parents[1] / "fixtures" / "first_edition" / "features.csv"
 
@@ -18,7 +18,9 @@ def test_the_least_coherent_feature_has_a_bar_of_no_width(tmp_path: Path, values
     picture = Image.new("RGB", (32, 32))
     feature = read_features(TABLE)[0]
     rows = [
-        SheetRow(feature._replace(coherence=value, coherence_null=0.1), [Example(0, picture, picture)])
+        SheetRow(
+            Feature({**feature.columns, "coherence": value, "coherence_null": 0.1}), [Example(0, picture, picture)]
+        )
         for value in values
     ]
     contact_sheet(rows, tmp_path / "sheet.png", title="features")

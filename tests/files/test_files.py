@@ -76,3 +76,10 @@ def test_a_row_that_was_cut_short_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("a,b\n1,2\n\n3\n")
     with pytest.raises(ValueError, match=r"a\.csv has a row of 1 fields, expected 2: \['3'\]"):
         read_columns(tmp_path / "a.csv")
+
+
+def test_a_table_holds_any_text(tmp_path: Path) -> None:
+    values = ["\r", "a\rb", "\n", "a\r\nb", '"', "'", ",", "=1", ""]
+    write_columns(tmp_path / "table.csv", {"number": range(len(values)), "text": values})
+    assert read_columns(tmp_path / "table.csv")["text"] == values
+    assert [row["text"] for row in read_csv(tmp_path / "table.csv")] == values

@@ -115,8 +115,10 @@ class StepAdam(Adam):
 
     def step(self, closure: Any = None) -> Any:
         loss = closure() if closure is not None else None
-        assert self.made_by is not None
-        self.made_by.update(self)  # asked only now: while the closure ran, a step may have been found wrong
+        if self.made_by is None:  # before training: torch steps once, by nothing, to have a state to load into
+            self.step_by_gradients()
+        else:
+            self.made_by.update(self)  # asked only now: while the closure ran, a step may have been found wrong
         return loss
 
     @torch.no_grad()

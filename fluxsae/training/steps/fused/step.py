@@ -65,6 +65,8 @@ class FusedStep(TrainingStep):
     straight through the rounding to these.
     """
 
+    gradients_by_autograd = False
+
     def __init__(self, sae: SAE, settings: Settings, processes: Processes = ALONE) -> None:
         form = sae.fused_form()
         if form is None:

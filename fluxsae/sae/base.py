@@ -65,25 +65,27 @@ class TrainOutput(NamedTuple):
 class SAE(nn.Module, ABC):
     """A sparse autoencoder over tokens of width `d_in`. A kind is a subclass that says which pre-activations are codes.
 
-    A kind needs `activate` and, where its constructor takes more arguments, `options`. All else has a default that is
-    slow and right: how it trains (`training_forward`, `penalty`, `remember`), what dead features do (`expected_l0`,
-    `reconstruct_from`, `restart`), and what it can do faster (`threshold_form`, `top_k_form`, `fused_form`,
-    `sharded_form`). The faster forms are not inherited: a subclass may compute something else, so it must say again
-    what it can do. A saved SAE names its kind by class path.
+    A kind must define `activate`. It defines `options` if its constructor takes further arguments. Everything else has
+    a default that is correct but slow. A kind may override how it trains (`training_forward`, `penalty`, `remember`)
+    and how dead features come back (`expected_l0`, `reconstruct_from`, `restart`). It may declare faster forms
+    (`threshold_form`, `top_k_form`, `fused_form`, `sharded_form`). Faster forms are not inherited, because a subclass
+    may compute something else: it must declare them again. A saved SAE names its kind by class path.
 
-    `W_dec` has one feature direction a row, of unit length after training here; `W_enc` starts along it.
-    `spec` says what the SAE was trained on and `mean_norm` is E‖x‖ there; both are None where nobody knows.
+    Each row of `W_dec` is the direction of one feature. Training here keeps rows at length 1. `W_enc` starts along the
+    same directions. `spec` says what the SAE was trained on, and `mean_norm` is E‖x‖ of those tokens. Both are None
+    where that is unknown.
 
-    A training pass and inference may choose codes differently: `training_forward` trains, everything else is inference,
-    in which the codes of a token depend on that token alone.
+    Training and inference may choose codes differently. `training_forward` is the training pass, and everything else
+    is inference. In inference, the codes of a token depend on that token alone.
 
     Args:
         d_in: width of a token.
         n_features: number of features.
-        groups: for a Matryoshka SAE (Bussmann et al. 2025), sizes of the prefixes of the features that must rebuild
-            a token without the rest, ascending to n_features; by default all features only together.
+        groups: makes a Matryoshka SAE (Bussmann et al. 2025). The first `groups[0]` features, the first `groups[1]`
+            and so on must each rebuild a token without the rest. Sizes ascend and end with n_features. By default
+            there is one group of all features.
         seed: decides the initial weights; by default torch's global generator does.
-        encoder_gain: length of the encoder's rows at first; the decoder's have length 1.
+        encoder_gain: initial length of the encoder's rows; those of the decoder have length 1.
     """
 
     mean: Tensor
@@ -221,11 +223,11 @@ class SAE(nn.Module, ABC):
         return recons
 
     def penalty(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
-        """What the objective adds to the reconstruction error; nothing where the choice of codes makes them sparse."""
+        """What training adds to the squared error; 0 by default."""
         return codes.new_zeros(())
 
     def reconstruct_from(self, x: Float[Tensor, "N D"], features: Int[Tensor, "M"], k: int) -> Float[Tensor, "N D"]:
-        """What the `k` strongest of some features add to a reconstruction. Gradients reach these features only."""
+        """What the `k` strongest of some features add to b_dec. Gradients reach these features only."""
         pre = (x - self.b_dec.detach()) @ self.W_enc[features].T + self.b_enc[features]
         indices = largest(pre.detach(), k)
         return decode(pre.gather(1, indices).relu(), indices, self.W_dec[features])
@@ -271,9 +273,9 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def fold(self) -> SAE:
-        """A copy with the same codes and reconstructions whose normalisation is in its weights (mean 0, scale 1).
+        """A copy whose weights include the normalisation, so that it has mean 0 and scale 1.
 
-        Its decoder rows have length 1/scale: codes keep their unit, so rows must carry the raw one.
+        Codes and reconstructions stay the same. Decoder rows then have length 1 / scale.
         """
         folded = copy.deepcopy(self)
         folded.W_enc.mul_(self.scale)

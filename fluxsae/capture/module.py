@@ -88,7 +88,7 @@ class FluxCapture(LightningModule):
         not_finite: what to do about a NaN or an infinite value among the tokens of an image. `stop` stops the capture.
             `skip` leaves out that image's tokens at that site and step. The set lists skipped images, and no later
             stage reads them.
-        dtype: the model's dtype; by default float32 on a CPU and bfloat16 elsewhere.
+        dtype: `float32`, `bfloat16` or `float16`; by default float32 on a CPU and bfloat16 elsewhere.
         keep_embeddings: encode all prompts first and keep their embeddings in `folder/embeddings`. The text encoders
             leave the device before the first image is made. For FLUX.1 at 512 tokens a prompt takes 4 MiB on disk. If
             false, prompts are encoded when they are needed.

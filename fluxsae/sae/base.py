@@ -23,7 +23,7 @@ from fluxsae.sae.feature_rows import set_rows
 
 
 class ThresholdForm(NamedTuple):
-    """Codes that do not depend on each other: weight (x - b_dec) + bias where that is above its threshold, else 0."""
+    """Each code is weight (x - b_dec) + bias where that is above the feature's threshold, else 0."""
 
     weight: Float[Tensor, "F D"]
     bias: Float[Tensor, "F"]
@@ -31,10 +31,10 @@ class ThresholdForm(NamedTuple):
 
 
 class FusedForm(NamedTuple):
-    """What a hand-made training step minimises, on codes made of pre-activations W_enc (x - b_dec) + b_enc.
+    """What a fused training step can minimise, with pre-activations W_enc (x - b_dec) + b_enc.
 
-    Codes are the `k` largest of a token where positive, or with no `k` all positive ones. `penalty` times the mean over
-    tokens of the codes' sum joins the squared error.
+    Codes are the `k` largest pre-activations of a token, where positive. If `k` is None, they are all positive ones.
+    The loss is the squared error plus `penalty` times the mean over tokens of the codes' sum.
     """
 
     k: int | None
@@ -42,15 +42,16 @@ class FusedForm(NamedTuple):
 
 
 CAPABILITIES = ("threshold_form", "top_k_form", "fused_form", "sharded_form")
-"""What a kind says of itself in its own class body, and a subclass of it does not inherit."""
+"""The methods by which a kind declares what it can do faster. A subclass does not inherit them."""
 
 
 class TrainOutput(NamedTuple):
-    """One pass over normalised tokens, with all that training needs of it.
+    """The result of one training pass over normalised tokens.
 
-    `penalty` joins the squared error with a weight that may rise over the first steps; `auxiliary`, a squared error of
-    each token, joins it as it is. `partial` holds what each group of features but the last rebuilds together with those
-    before it (see `SAE`), and `cutoff` the smallest code that a kind kept which chooses over the whole batch.
+    The loss is the squared error of `recon`, plus `penalty`, whose weight may rise over the first steps, plus
+    `auxiliary`, a squared error for each token. `partial` holds the reconstructions of a Matryoshka SAE by its first
+    group, its first two groups and so on, without the last. `cutoff` is the smallest code that was kept, for kinds that
+    choose over the whole batch.
     """
 
     recon: Float[Tensor, "N D"]
@@ -142,12 +143,12 @@ class SAE(nn.Module, ABC):
 
     @property
     def per_feature(self) -> list[nn.Parameter]:
-        """The parameters with a row, or a number, a feature."""
+        """The parameters that have one row, or one number, for each feature."""
         return [self.W_enc, self.b_enc, self.W_dec]
 
     @property
     def expected_l0(self) -> float | None:
-        """How many codes of a token a kind keeps on average by its choice of codes; None where training decides."""
+        """The mean number of codes for a token, if the kind fixes it; None if training decides."""
         return None
 
     def options(self) -> dict[str, Any]:
@@ -155,19 +156,19 @@ class SAE(nn.Module, ABC):
         return {"groups": list(self.groups) if len(self.groups) > 1 else None, "seed": self.seed}
 
     def threshold_form(self) -> ThresholdForm | None:
-        """Inference as a threshold a feature, so that kernels can pool codes inside the encoder's product."""
+        """Inference as one threshold for each feature, for kernels that pool codes; None if it is not of that form."""
         return None
 
     def top_k_form(self) -> int | None:
-        """k, where the codes of a token are its k largest pre-activations W_enc (x - b_dec) + b_enc, if positive."""
+        """k, if codes are the k largest pre-activations W_enc (x - b_dec) + b_enc of a token, where positive."""
         return None
 
     def fused_form(self) -> FusedForm | None:
-        """Training as a hand-made step knows it; without one, autograd trains."""
+        """The loss, if a fused step can minimise it; None means that autograd trains."""
         return None
 
     def sharded_form(self) -> type[SAE] | None:
-        """The class that computes with a share of the features in each process (see `sharding`)."""
+        """The class that computes with a share of the features in each process, if there is one (see `sharding`)."""
         return None
 
     @abstractmethod
@@ -215,7 +216,7 @@ class SAE(nn.Module, ABC):
         )
 
     def reconstructions(self, codes: Float[Tensor, "N F"]) -> list[Float[Tensor, "N D"]]:
-        """Normalised tokens by features of the first group, the first two, …, all; together one decoding's work."""
+        """Reconstructions of normalised tokens by the first group of features, the first two groups, …, all of them."""
         recons: list[Tensor] = []
         for begin, end in pairwise((0, *self.groups)):
             before = recons[-1] if recons else self.b_dec
@@ -233,15 +234,15 @@ class SAE(nn.Module, ABC):
         return decode(pre.gather(1, indices).relu(), indices, self.W_dec[features])
 
     def of_all(self, numbers: Shaped[Tensor, "H *shape"]) -> Shaped[Tensor, "F *shape"]:
-        """Numbers of all features from those of the features that codes are of: the same, unless they are spread."""
+        """Numbers of all features, from the numbers of the features that this process holds."""
         return numbers
 
     def remember(self, run: TrainOutput, average: Callable[[Tensor], Tensor]) -> None:
-        """Take from a training pass what inference will need; `average` is the mean over processes."""
+        """Keep what inference needs of a training pass; `average` computes the mean over processes."""
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Take from the decoder's gradient what would only change the length of its rows (Bricken et al. 2023)."""
+        """Remove the part of the decoder's gradient that only changes the length of rows (Bricken et al. 2023)."""
         gradient = self.W_dec.grad
         if gradient is not None:
             rows = normalize(self.W_dec, dim=1)
@@ -260,7 +261,7 @@ class SAE(nn.Module, ABC):
         set_rows(self.b_enc, features, 0.0)
 
     def set_statistics(self, numbers: Statistics, spec: CaptureSpec | None) -> None:
-        """Normalise as these statistics of the data say from now on, and remember where the data came from."""
+        """Use these statistics of the data for normalisation, and remember where the data came from."""
         if numbers.mean.numel() != self.d_in:
             raise ValueError(
                 f"the tokens are {numbers.mean.numel()} wide but the SAE's d_in is {self.d_in}; "

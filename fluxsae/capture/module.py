@@ -67,32 +67,34 @@ class AbandonParts(Callback):
 
 
 class FluxCapture(LightningModule):
-    """Generates the images of a `PromptData` and leaves them, and tokens at sites × steps, as shard sets in `folder`.
+    """Generates the images of a `PromptData`, and stores them and the tokens at all `sites` and `steps` as shard sets.
 
-    `folder` holds `generation.json`, `prompts.jsonl`, `images/` and `<site>/step-<step>/`. A capture that was
-    interrupted goes on behind the last batch that it wrote; sites and steps may be added to a finished one.
+    Run it with `predict`. `folder` then holds `generation.json`, `prompts.jsonl`, `images/` and one folder
+    `<site>/step-<step>/` for each site and step. Run it again after an interruption, and it continues after the last
+    batch that it wrote. Sites and steps can be added to a finished capture.
 
     Args:
-        model: a diffusers pipeline folder or a hub id.
-        folder: where the sets go.
-        sites: module paths inside the transformer, see `fluxsae.records.spec.Site`.
+        model: a diffusers pipeline folder, a hub id, or `bundled:tiny-flux`.
+        folder: where the shard sets go.
+        sites: module paths inside the transformer, see `fluxsae.Site`.
         steps: 0-based denoising steps.
         height: pixels, a multiple of 16.
         width: pixels, a multiple of 16.
         n_steps: denoising steps in the schedule.
         guidance: FLUX's guidance scale.
-        text_length: text tokens a prompt; by default what the model's T5 tokenizer was made for, at most 512.
-        images: keep the pictures; without them the sampler stops after the last of `steps`.
-        storage: how tokens are stored.
-        not_finite: what a NaN or an infinite value among the tokens of an image does: `stop` the capture, or `skip` the
-            tokens of that image at that site and step. The set lists it, and no later stage reads it.
-        dtype: the model's; by default float32 on a CPU and bfloat16 elsewhere.
-        keep_embeddings: encode all prompts first, keep their embeddings in `folder/embeddings`, so that none is ever
-            encoded twice, and take the text encoders off the device before the first image is made. For FLUX.1 at 512
-            tokens that is 4 MiB a prompt on disk. Otherwise prompts are encoded as they come.
-        compile: compile the transformer's blocks; by default on a GPU.
-        offload_blocks: how many single-stream blocks of the transformer stay in host memory and are copied to the
-            device in every step, see `fluxsae.models.offload`. For FLUX.1 each spares 283 MB, but for two.
+        text_length: text tokens of a prompt; by default the length of the model's T5 tokenizer, at most 512.
+        images: whether to store the pictures. Without them the sampler stops after the last of `steps`.
+        storage: how tokens are stored: `bf16`, `fp32` or `fp8`.
+        not_finite: what to do about a NaN or an infinite value among the tokens of an image. `stop` stops the capture.
+            `skip` leaves out that image's tokens at that site and step. The set lists skipped images, and no later
+            stage reads them.
+        dtype: `float32`, `bfloat16` or `float16`; by default float32 on a CPU and bfloat16 elsewhere.
+        keep_embeddings: encode all prompts first and keep their embeddings in `folder/embeddings`. The text encoders
+            leave the device before the first image is made. For FLUX.1 at 512 tokens a prompt takes 4 MiB on disk. If
+            false, prompts are encoded when they are needed.
+        compile: whether to compile the transformer's blocks; by default only on a GPU.
+        offload_blocks: how many single-stream blocks stay in host memory and are copied to the device in every step.
+            For FLUX.1 each of them saves 283 MB, except for two, which are on the device at a time.
     """
 
     def __init__(

@@ -63,15 +63,17 @@ class Requests:
 
 
 class PromptData(LightningDataModule):
-    """The images to be made of a prompt file: image `prompt · repetitions + repetition` of each prompt and repetition.
+    """The prompts of a capture or a steering run. Each prompt gives `repetitions` images, each with its own seed.
+
+    Images are numbered prompt · repetitions + repetition.
 
     Args:
         prompts: a .txt, .jsonl or .csv file, see `fluxsae.read_prompts`.
-        repetitions: images a prompt, each with a seed of its own.
-        batch_size: images made together.
-        images_per_shard: images in a shard, a file that appears when it is whole.
-        base_seed: what the images' seeds derive from.
-        limit: take the first so many prompts only.
+        repetitions: number of images of each prompt.
+        batch_size: number of images that are made together.
+        images_per_shard: number of images in a shard.
+        base_seed: decides the seeds of all images, together with the image's number.
+        limit: use only the first `limit` prompts.
     """
 
     def __init__(

@@ -34,31 +34,31 @@ _ADVICE = (
 
 
 class TokenBatch(NamedTuple):
-    """All tokens of some images, and which images they are."""
+    """All tokens of some images, and the numbers of these images."""
 
     tokens: Float[Tensor, "B T D"]
     images: Int[Tensor, "B"]
 
 
 class ActivationData(LightningDataModule):
-    """The tokens of one shard set.
+    """The tokens of one shard set, for training, validation and scoring.
 
-    A hash of its text decides on which side a prompt falls, so all its images fall on the same side, in every run.
-    With several processes, each trains on its share of the images and all take the same number of steps. Images that
-    the capture skipped are on neither side, and in no prediction.
+    A hash of a prompt's text decides whether the prompt is held out. So all its images are on the same side, in every
+    run. With several processes, each trains on its share of the images, and all take the same number of steps. Images
+    that the capture skipped are not read.
 
     Args:
         shards: folder of a set of tokens, for example `runs/tiny/capture/transformer_blocks.1.ff/step-03`.
-        batch_size: tokens a batch in training, validation and testing.
-        images_per_batch: images a batch in prediction.
+        batch_size: number of tokens in a batch, in training, validation and testing.
+        images_per_batch: number of images in a batch, in prediction.
         val_fraction: share of the prompts to hold out for validation and testing.
-        buffer_images: images whose tokens are in memory and mixed at a time, at most: an epoch is dealt out evenly.
-            Memory for twice as many is taken.
-        seed: decides the order of the training tokens, with the epoch.
-        num_workers: processes that read ahead in validation and testing.
-        readers: threads that read ahead in training and prediction; by default 2, and 8 for a device buffer.
-        device_buffer: mix training tokens in the memory of a CUDA device, where they go as they are stored. By
-            default where there is one and the buffer takes at most half of its free memory. It changes no order.
+        buffer_images: the most images whose tokens are mixed at a time. An epoch is divided into equal parts, and there
+            is memory for two of them.
+        seed: decides the order of the training tokens, together with the epoch.
+        num_workers: number of processes that read ahead in validation and testing.
+        readers: number of threads that read ahead in training and prediction. By default 2, or 8 with a device buffer.
+        device_buffer: whether to mix training tokens in the memory of a CUDA device. By default this happens if there
+            is a device and the buffer takes at most half of its free memory. The order of tokens is the same.
         only: predict only the images that this selection shows.
     """
 

@@ -68,9 +68,11 @@ def generate(
 ) -> Generated:
     """One image for each pair of a prompt and a seed.
 
-    On a CPU in float32 an image is the same to the bit alone and in any batch, unless blocks are compiled; elsewhere
-    it is the same up to rounding.
-    With `last_step` the sampler stops after that step, and what it leaves is unfinished: `images` must be False.
+    An image depends on its prompt and seed, not on the other images of the batch. On a CPU in float32 it is equal bit
+    for bit, unless blocks are compiled. Elsewhere it is equal up to rounding.
+
+    With `last_step` the sampler stops after that step. The latents are then unfinished, so `images` must be False.
+
     Raises ValueError for sizes that are no multiples of 16, a step beyond the schedule, or fewer seeds than prompts.
     """
     token_grid(height, width)

@@ -27,7 +27,8 @@ def load_pipeline(
     """The `FluxPipeline` in a diffusers folder, or of a hub id such as `black-forest-labs/FLUX.1-dev`.
 
     `bundled:tiny-flux` is the small FLUX that comes with the package.
-    `dtype` is float32 on a CPU and bfloat16 elsewhere unless given. Images are by default of the size that the
+
+    By default `dtype` is float32 on a CPU and bfloat16 elsewhere. The pipeline's default image size is the one that its
     autoencoder was made for. Raises FileNotFoundError when `model` is neither a pipeline folder nor a hub id.
     """
     device = torch.device(device)

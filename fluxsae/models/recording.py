@@ -28,7 +28,7 @@ class TapeIsFull(Exception):
 
 
 class Tape(Mapping[Key, Tensor]):
-    """Tokens [B, T, D] by site and step, of the latest call of the pipeline: `tape["transformer_blocks.1.ff", 8]`.
+    """Tokens [B, T, D] of the latest call of the pipeline, by site and step: `tape["transformer_blocks.1.ff", 8]`.
 
     Sites are written as in `parse_site`; `"transformer_blocks.1:image"` and `"transformer_blocks.1"` are the same.
     """
@@ -54,7 +54,7 @@ class Tape(Mapping[Key, Tensor]):
 
     @property
     def is_full(self) -> bool:
-        """Whether every step of every site is on it."""
+        """Whether the tape holds every step of every site."""
         return len(self) == len(self._sites) * len(self._steps)
 
     def start(self, n_steps: int) -> None:
@@ -84,10 +84,12 @@ def record(
 ) -> Iterator[Tape]:
     """Record the tokens at `sites` and `steps` of every call of `pipe` inside the context; the tape holds the latest.
 
-    With true classifier-free guidance the pass on the prompt is recorded. A copy is kept, on the transformer's device
-    and in its dtype. Hooks run in the order in which they are entered: the tape holds a site's tokens as an `intervene`
-    entered earlier left them, and from before one entered later. With `stop_when_full` the call of the pipeline ends in
-    `TapeIsFull` as soon as the tape holds all that was asked for.
+    The tape holds copies, on the transformer's device and in its dtype. With true classifier-free guidance, the pass on
+    the prompt is recorded.
+
+    Contexts act in the order in which they are entered. So the tape sees the edits of an `intervene` that was entered
+    before it, and not those of one that was entered after it. With `stop_when_full`, the call of the pipeline ends with
+    `TapeIsFull` as soon as the tape holds everything.
 
     Raises ValueError, listing near matches, for a site that is no module or lacks the stream.
     """

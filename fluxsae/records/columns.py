@@ -42,12 +42,13 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the features table, as the analysis that fills it in declares it.
+    """A column of the features table, declared by the analysis that fills it in.
 
     Args:
-        name: what the file and `row[name]` call it.
-        kind: of its values: `bool`, `int`, `float`, `text`, or `ints`, a sequence of whole numbers. None is unknown.
-        meaning: a line for whoever reads the table.
+        name: its name in the file and in `row[name]`.
+        kind: the kind of its values: `bool`, `int`, `float`, `text`, or `ints` for a sequence of whole numbers. A value
+            of None is unknown.
+        meaning: one line for readers of the table.
     """
 
     name: str

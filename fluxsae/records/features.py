@@ -26,16 +26,16 @@ from fluxsae.records.columns import (
 
 @dataclass(frozen=True)
 class Feature:
-    """One row of the table. `row["name"]` is its value in any column that the table has.
+    """One row of the features table. `row["name"]` is its value in any column.
 
-    The columns that this project's own analyses fill in are attributes, too. These are None, or empty, also where the
-    table lacks the column.
+    The columns of this package's own analyses are attributes as well. An attribute is None or empty where the value is
+    unknown or the table has no such column.
     """
 
     columns: Mapping[str, Value]
 
     def __getitem__(self, name: str) -> Any:
-        """KeyError, naming the columns that there are, for another one."""
+        """The value in a column. KeyError, with the names of all columns, for an unknown one."""
         if name not in self.columns:
             raise KeyError(unknown_key(name, self.columns, "this features table", what="column"))
         return self.columns[name]
@@ -61,15 +61,17 @@ class Feature:
 
     @property
     def max(self) -> float | None:
-        """Its largest score; `mean_active` and `std_active` are of its scores on the images where it is active."""
+        """Its largest score."""
         return self._number("max")
 
     @property
     def mean_active(self) -> float | None:
+        """The mean of its scores over the images on which it is active."""
         return self._number("mean_active")
 
     @property
     def std_active(self) -> float | None:
+        """The standard deviation of these scores."""
         return self._number("std_active")
 
     @property
@@ -79,11 +81,12 @@ class Feature:
 
     @property
     def coherence(self) -> float | None:
-        """How alike its top images look to CLIP; `coherence_null` is what random images have."""
+        """How alike its top images look to CLIP: the mean cosine over pairs."""
         return self._number("coherence")
 
     @property
     def coherence_null(self) -> float | None:
+        """The same for random images."""
         return self._number("coherence_null")
 
     @property
@@ -93,7 +96,7 @@ class Feature:
 
     @property
     def label_share(self) -> float | None:
-        """How many of them do."""
+        """The share of its top images that have the label."""
         return self._number("label_share")
 
     @property
@@ -120,12 +123,12 @@ class FeatureTable(NamedTuple):
 
 
 def update_features(path: str | Path, columns: Mapping[str, Sequence[Any]], declared: Sequence[Column] = ()) -> None:
-    """Add or replace columns of the table, each a sequence over all features; the file is made when there is none.
+    """Add or replace columns of the table, each a sequence over all features. A missing file is created.
 
-    A column in `declared` has values of the kind that is declared, and `features.json` says so from then on. Another
-    one is stored as it is given, as text or numbers.
+    Values of a column in `declared` must have its kind, and `features.json` records the column. Values of other columns
+    are stored as they are, as text or numbers.
 
-    Raises ValueError when a column's length differs from the table's, or a value is of another kind than declared.
+    Raises ValueError when a column's length differs from the table's, or when a value is not of the declared kind.
     """
     path = Path(path)
     table: dict[str, Sequence[Any]] = dict(read_columns(path)) if path.exists() else {}
@@ -170,7 +173,10 @@ def read_table(path: str | Path) -> FeatureTable:
 
 
 def read_features(path: str | Path) -> list[Feature]:
-    """The rows in feature order. FileNotFoundError without a table, ValueError when a field does not parse."""
+    """The rows of a features table, in order of features.
+
+    Raises FileNotFoundError when there is no table, and ValueError when a field does not parse.
+    """
     return read_table(path).rows
 
 
@@ -180,11 +186,11 @@ class Selection:
 
     Args:
         table: the features table.
-        n_features: how many of the best-ranked alive features to take; null for all that have a rank.
-        rank_by: the column that ranks them, any that holds numbers or true and false, largest first; `feature` in
-            index order.
-        n_images: top images a feature.
-        features: take exactly these instead of ranking.
+        n_features: how many of the best alive features to take; None takes all that have a value in `rank_by`.
+        rank_by: the column that ranks features, largest first. It must hold numbers, or true and false. `feature`
+            keeps the order of the table.
+        n_images: number of top images of each feature.
+        features: take exactly these features instead of ranking.
         ascending: rank the smallest first.
     """
 
@@ -196,7 +202,7 @@ class Selection:
     ascending: bool = False
 
     def rows(self) -> list[Feature]:
-        """The selected rows, best first. ValueError for an unknown feature, or a ranking that there is not."""
+        """The selected rows, best first. ValueError for an unknown feature or a column that cannot rank."""
         table = read_table(self.table)
         if self.features is not None:
             for feature in self.features:
@@ -220,5 +226,5 @@ class Selection:
         return sorted(ranked, key=lambda row: (sign * row[self.rank_by], row.feature))[: self.n_features]
 
     def images(self) -> list[int]:
-        """All images that the selection shows, ascending, each once."""
+        """All images that the selection shows, each once, ascending."""
         return sorted({image for row in self.rows() for image in row.top_images[: self.n_images]})

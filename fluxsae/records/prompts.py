@@ -25,10 +25,11 @@ class Prompt(NamedTuple):
 def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts in a file, in order.
 
-    `.txt` holds one a line; `.jsonl` an object a line, with "prompt" and any other keys as attributes; `.csv` a column
-    "prompt" and any others as attributes. Blank lines are skipped, attributes that are empty or null dropped.
+    A `.txt` file holds one prompt a line. A `.jsonl` file holds one object a line, with "prompt"; other keys are
+    attributes. A `.csv` file has a column "prompt"; other columns are attributes. Blank lines are skipped, and empty
+    attributes are left out.
 
-    Raises FileNotFoundError when there is no such file, ValueError naming the line when one holds no prompt.
+    Raises FileNotFoundError for a missing file, and ValueError with the line's number when a line has no prompt.
     """
     path = Path(path)
     if path.suffix not in _READERS:

@@ -19,11 +19,11 @@ PATCH = 16
 
 @dataclass(frozen=True)
 class Site:
-    """A module path inside the transformer and the token stream read from its output.
+    """A module path inside the transformer, and which stream of tokens to read from its output.
 
-    Written as `transformer_blocks.15.ff`, or with an explicit stream as `transformer_blocks.15:text`.
-    Without one, modules of the text branch (`ff_context`, `norm1_context`, `attn.to_add_out`, …) mean text,
-    all others image.
+    A site is written as `transformer_blocks.15.ff`, or with its stream as `transformer_blocks.15:text`. Without a
+    stream, modules of the text branch (`ff_context`, `norm1_context`, `attn.to_add_out`, …) mean text tokens. All other
+    modules mean image tokens.
     """
 
     path: str
@@ -75,10 +75,10 @@ def token_grid(height: int, width: int) -> Grid:
 
 @dataclass(frozen=True)
 class GenerationSpec:
-    """How a set of images was generated; everything that an image depends on, besides its prompt and seed.
+    """How a set of images was generated: everything that an image depends on, besides its prompt and seed.
 
-    `shift` is the scheduler's time shift actually in force (exp(mu) with dynamic shifting), `dtype` the transformer's
-    compute dtype, `prompts_hash` the hash of the prompt set and `base_seed` the seed that image seeds derive from.
+    `shift` is the scheduler's time shift for this image size: exp(mu) with dynamic shifting. `dtype` is the dtype in
+    which the transformer computes. `prompts_hash` is a hash of all prompts. `base_seed` decides the seeds of images.
     """
 
     model: str
@@ -115,7 +115,7 @@ class GenerationSpec:
 
 @dataclass(frozen=True)
 class CaptureSpec:
-    """One shard set: a site and a 0-based denoising step of a generation."""
+    """What one shard set of tokens holds: a site and a denoising step, from 0, of a generation."""
 
     generation: GenerationSpec
     site: str

@@ -100,13 +100,13 @@ class Processes(NamedTuple):
 
 
 class OneAllReduce(DDPStrategy):
-    """Each process trains on its own tokens with a whole SAE; all gradients are averaged at once, by default in bf16.
+    """A DDP strategy: each process has a whole SAE and its own tokens, and one all-reduce averages all gradients.
 
-    Buffers are not sent around, as DDP would before each step: they change alike in every process.
+    Buffers are not sent before each step, because they change in the same way in every process.
 
     Args:
-        compress: whether gradients travel as bf16, half the bytes, rather than as they are.
-        options: what else DDPStrategy and DistributedDataParallel take.
+        compress: whether gradients are sent in bf16, which halves the bytes.
+        options: further arguments of DDPStrategy and DistributedDataParallel.
     """
 
     def __init__(self, compress: bool = True, **options: Any) -> None:

@@ -143,18 +143,18 @@ class StopsWhereItCanGoOn(Callback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps one checkpoint, `last.ckpt`, of the run that is under way: `--ckpt_path last` goes on from it.
+    """Keeps one checkpoint of a running training, `last.ckpt`. `--ckpt_path last` continues from it.
 
-    It is written once `minutes` have passed since the one before, and when the training ends. The clock is looked at
-    when an epoch ends and every `every_n_steps` steps, since several processes wait for the first to tell the time.
-    Lightning's own interval asks at every step, and does nothing in a sweep. An earlier training's `last.ckpt` is kept
-    as `earlier.ckpt`.
+    The checkpoint is written when `minutes` have passed since the one before, and when the training ends. The clock is
+    checked at the end of each epoch and every `every_n_steps` steps. Lightning's own interval asks at every step, which
+    makes several processes wait, and it does nothing in a sweep. A training that starts anew renames an existing
+    `last.ckpt` to `earlier.ckpt`.
 
     Args:
-        dirpath: the folder to keep it in; by default `checkpoints` in the Trainer's `default_root_dir`. `fluxsae fit`
-            puts it beside the SAE, into `checkpoints` in the model's `folder`.
-        minutes: how much work a kill may cost; 0 writes at every look.
-        every_n_steps: steps between looks within an epoch.
+        dirpath: the folder for the checkpoint. `fluxsae fit` uses `checkpoints` in the folder of the SAE. Elsewhere the
+            default is `checkpoints` in the Trainer's `default_root_dir`.
+        minutes: the most work that a kill may cost; 0 writes at every check.
+        every_n_steps: number of steps between checks within an epoch.
     """
 
     def __init__(self, dirpath: str | Path | None = None, minutes: float = 5.0, every_n_steps: int = 50) -> None:

@@ -23,7 +23,7 @@ from fluxsae.sae.feature_rows import set_rows
 
 
 class ThresholdForm(NamedTuple):
-    """Codes that do not depend on each other: weight (x - b_dec) + bias where that is above its threshold, else 0."""
+    """Each code is weight (x - b_dec) + bias where that is above the feature's threshold, else 0."""
 
     weight: Float[Tensor, "F D"]
     bias: Float[Tensor, "F"]
@@ -31,10 +31,10 @@ class ThresholdForm(NamedTuple):
 
 
 class FusedForm(NamedTuple):
-    """What a hand-made training step minimises, on codes made of pre-activations W_enc (x - b_dec) + b_enc.
+    """What a fused training step can minimise, with pre-activations W_enc (x - b_dec) + b_enc.
 
-    Codes are the `k` largest of a token where positive, or with no `k` all positive ones. `penalty` times the mean over
-    tokens of the codes' sum joins the squared error.
+    Codes are the `k` largest pre-activations of a token, where positive. If `k` is None, they are all positive ones.
+    The loss is the squared error plus `penalty` times the mean over tokens of the codes' sum.
     """
 
     k: int | None
@@ -42,15 +42,16 @@ class FusedForm(NamedTuple):
 
 
 CAPABILITIES = ("threshold_form", "top_k_form", "fused_form", "sharded_form")
-"""What a kind says of itself in its own class body, and a subclass of it does not inherit."""
+"""The methods by which a kind declares what it can do faster. A subclass does not inherit them."""
 
 
 class TrainOutput(NamedTuple):
-    """One pass over normalised tokens, with all that training needs of it.
+    """The result of one training pass over normalised tokens.
 
-    `penalty` joins the squared error with a weight that may rise over the first steps; `auxiliary`, a squared error of
-    each token, joins it as it is. `partial` holds what each group of features but the last rebuilds together with those
-    before it (see `SAE`), and `cutoff` the smallest code that a kind kept which chooses over the whole batch.
+    The loss is the squared error of `recon`, plus `penalty`, whose weight may rise over the first steps, plus
+    `auxiliary`, a squared error for each token. `partial` holds the reconstructions of a Matryoshka SAE by its first
+    group, its first two groups and so on, without the last. `cutoff` is the smallest code that was kept, for kinds that
+    choose over the whole batch.
     """
 
     recon: Float[Tensor, "N D"]
@@ -65,25 +66,27 @@ class TrainOutput(NamedTuple):
 class SAE(nn.Module, ABC):
     """A sparse autoencoder over tokens of width `d_in`. A kind is a subclass that says which pre-activations are codes.
 
-    A kind needs `activate` and, where its constructor takes more arguments, `options`. All else has a default that is
-    slow and right: how it trains (`training_forward`, `penalty`, `remember`), what dead features do (`expected_l0`,
-    `reconstruct_from`, `restart`), and what it can do faster (`threshold_form`, `top_k_form`, `fused_form`,
-    `sharded_form`). The faster forms are not inherited: a subclass may compute something else, so it must say again
-    what it can do. A saved SAE names its kind by class path.
+    A kind must define `activate`. It defines `options` if its constructor takes further arguments. Everything else has
+    a default that is correct but slow. A kind may override how it trains (`training_forward`, `penalty`, `remember`)
+    and how dead features come back (`expected_l0`, `reconstruct_from`, `restart`). It may declare faster forms
+    (`threshold_form`, `top_k_form`, `fused_form`, `sharded_form`). Faster forms are not inherited, because a subclass
+    may compute something else: it must declare them again. A saved SAE names its kind by class path.
 
-    `W_dec` has one feature direction a row, of unit length after training here; `W_enc` starts along it.
-    `spec` says what the SAE was trained on and `mean_norm` is E‖x‖ there; both are None where nobody knows.
+    Each row of `W_dec` is the direction of one feature. Training here keeps rows at length 1. `W_enc` starts along the
+    same directions. `spec` says what the SAE was trained on, and `mean_norm` is E‖x‖ of those tokens. Both are None
+    where that is unknown.
 
-    A training pass and inference may choose codes differently: `training_forward` trains, everything else is inference,
-    in which the codes of a token depend on that token alone.
+    Training and inference may choose codes differently. `training_forward` is the training pass, and everything else
+    is inference. In inference, the codes of a token depend on that token alone.
 
     Args:
         d_in: width of a token.
         n_features: number of features.
-        groups: for a Matryoshka SAE (Bussmann et al. 2025), sizes of the prefixes of the features that must rebuild
-            a token without the rest, ascending to n_features; by default all features only together.
+        groups: makes a Matryoshka SAE (Bussmann et al. 2025). The first `groups[0]` features, the first `groups[1]`
+            and so on must each rebuild a token without the rest. Sizes ascend and end with n_features. By default
+            there is one group of all features.
         seed: decides the initial weights; by default torch's global generator does.
-        encoder_gain: length of the encoder's rows at first; the decoder's have length 1.
+        encoder_gain: initial length of the encoder's rows; those of the decoder have length 1.
     """
 
     mean: Tensor
@@ -140,12 +143,12 @@ class SAE(nn.Module, ABC):
 
     @property
     def per_feature(self) -> list[nn.Parameter]:
-        """The parameters with a row, or a number, a feature."""
+        """The parameters that have one row, or one number, for each feature."""
         return [self.W_enc, self.b_enc, self.W_dec]
 
     @property
     def expected_l0(self) -> float | None:
-        """How many codes of a token a kind keeps on average by its choice of codes; None where training decides."""
+        """The mean number of codes for a token, if the kind fixes it; None if training decides."""
         return None
 
     def options(self) -> dict[str, Any]:
@@ -153,19 +156,19 @@ class SAE(nn.Module, ABC):
         return {"groups": list(self.groups) if len(self.groups) > 1 else None, "seed": self.seed}
 
     def threshold_form(self) -> ThresholdForm | None:
-        """Inference as a threshold a feature, so that kernels can pool codes inside the encoder's product."""
+        """Inference as one threshold for each feature, for kernels that pool codes; None if it is not of that form."""
         return None
 
     def top_k_form(self) -> int | None:
-        """k, where the codes of a token are its k largest pre-activations W_enc (x - b_dec) + b_enc, if positive."""
+        """k, if codes are the k largest pre-activations W_enc (x - b_dec) + b_enc of a token, where positive."""
         return None
 
     def fused_form(self) -> FusedForm | None:
-        """Training as a hand-made step knows it; without one, autograd trains."""
+        """The loss, if a fused step can minimise it; None means that autograd trains."""
         return None
 
     def sharded_form(self) -> type[SAE] | None:
-        """The class that computes with a share of the features in each process (see `sharding`)."""
+        """The class that computes with a share of the features in each process, if there is one (see `sharding`)."""
         return None
 
     @abstractmethod
@@ -213,7 +216,7 @@ class SAE(nn.Module, ABC):
         )
 
     def reconstructions(self, codes: Float[Tensor, "N F"]) -> list[Float[Tensor, "N D"]]:
-        """Normalised tokens by features of the first group, the first two, …, all; together one decoding's work."""
+        """Reconstructions of normalised tokens by the first group of features, the first two groups, …, all of them."""
         recons: list[Tensor] = []
         for begin, end in pairwise((0, *self.groups)):
             before = recons[-1] if recons else self.b_dec
@@ -221,25 +224,25 @@ class SAE(nn.Module, ABC):
         return recons
 
     def penalty(self, pre_acts: Float[Tensor, "N F"], codes: Float[Tensor, "N F"]) -> Float[Tensor, ""]:
-        """What the objective adds to the reconstruction error; nothing where the choice of codes makes them sparse."""
+        """What training adds to the squared error; 0 by default."""
         return codes.new_zeros(())
 
     def reconstruct_from(self, x: Float[Tensor, "N D"], features: Int[Tensor, "M"], k: int) -> Float[Tensor, "N D"]:
-        """What the `k` strongest of some features add to a reconstruction. Gradients reach these features only."""
+        """What the `k` strongest of some features add to b_dec. Gradients reach these features only."""
         pre = (x - self.b_dec.detach()) @ self.W_enc[features].T + self.b_enc[features]
         indices = largest(pre.detach(), k)
         return decode(pre.gather(1, indices).relu(), indices, self.W_dec[features])
 
     def of_all(self, numbers: Shaped[Tensor, "H *shape"]) -> Shaped[Tensor, "F *shape"]:
-        """Numbers of all features from those of the features that codes are of: the same, unless they are spread."""
+        """Numbers of all features, from the numbers of the features that this process holds."""
         return numbers
 
     def remember(self, run: TrainOutput, average: Callable[[Tensor], Tensor]) -> None:
-        """Take from a training pass what inference will need; `average` is the mean over processes."""
+        """Keep what inference needs of a training pass; `average` computes the mean over processes."""
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Take from the decoder's gradient what would only change the length of its rows (Bricken et al. 2023)."""
+        """Remove the part of the decoder's gradient that only changes the length of rows (Bricken et al. 2023)."""
         gradient = self.W_dec.grad
         if gradient is not None:
             rows = normalize(self.W_dec, dim=1)
@@ -258,7 +261,7 @@ class SAE(nn.Module, ABC):
         set_rows(self.b_enc, features, 0.0)
 
     def set_statistics(self, numbers: Statistics, spec: CaptureSpec | None) -> None:
-        """Normalise as these statistics of the data say from now on, and remember where the data came from."""
+        """Use these statistics of the data for normalisation, and remember where the data came from."""
         if numbers.mean.numel() != self.d_in:
             raise ValueError(
                 f"the tokens are {numbers.mean.numel()} wide but the SAE's d_in is {self.d_in}; "
@@ -271,9 +274,9 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def fold(self) -> SAE:
-        """A copy with the same codes and reconstructions whose normalisation is in its weights (mean 0, scale 1).
+        """A copy whose weights include the normalisation, so that it has mean 0 and scale 1.
 
-        Its decoder rows have length 1/scale: codes keep their unit, so rows must carry the raw one.
+        Codes and reconstructions stay the same. Decoder rows then have length 1 / scale.
         """
         folded = copy.deepcopy(self)
         folded.W_enc.mul_(self.scale)

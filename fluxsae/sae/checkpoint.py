@@ -26,7 +26,11 @@ CONFIG = "config.json"
 
 
 def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = None) -> None:
-    """Write an SAE, what it was trained on and a summary of the training; `config.json` last: it marks a whole."""
+    """Write an SAE, what it was trained on, and a summary of its training.
+
+    `config.json` is written last, so a folder that has it is whole. ValueError for a class that another process could
+    not import.
+    """
     folder, kind = Path(folder), class_path(type(sae))
     folder.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS, CONFIG):
@@ -50,11 +54,13 @@ def save_sae(folder: str | Path, sae: SAE, training: dict[str, Any] | None = Non
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """The SAE in a folder of ours or in a `.pt` checkpoint with `model_state_dict` and `config`.
+    """The SAE in a folder that a training left, or in a `.pt` checkpoint with `model_state_dict` and `config`.
 
-    It is in evaluation mode and without gradients.
+    It is in evaluation mode and has no gradients. The module that the folder's `class_path` names is imported. Files
+    bring no code of their own: weights are safetensors, and a `.pt` file is read as plain tensors.
 
-    FileNotFoundError when there is none, ValueError when it is damaged or another version's. No code is unpickled.
+    Raises FileNotFoundError when there is no SAE. Raises ValueError when it is damaged, is of another version, or is of
+    a kind that is not installed.
     """
     path = Path(path)
     if path.is_file():

@@ -16,8 +16,12 @@ from fluxsae.sae.base import SAE, TrainOutput
 
 
 class Metrics(NamedTuple):
-    """`fve`: fraction of variance explained. `mse`: squared error a channel of normalised tokens. `l0`: codes above 0 a
-    token. `dead_fraction`: share of features that fire on no token. `density` [F]: share of tokens each fires on."""
+    """How well an SAE explains a set of tokens.
+
+    `fve` is the fraction of variance explained, `mse` the mean squared error of a channel of normalised tokens, and
+    `l0` the mean number of codes above 0 for a token. `dead_fraction` is the share of features that fire on no token,
+    and `density` [F] the share of tokens on which each feature fires.
+    """
 
     n_tokens: int
     fve: float

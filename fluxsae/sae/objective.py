@@ -26,11 +26,11 @@ def token_weights(
 ) -> Float[Tensor, "N"]:
     """The weight of each token's squared error, s_n = min(1, clip · mean_m ‖e_m‖ / ‖e_n‖), without gradients.
 
-    The gradient that an error sends back grows with its length, so one outlier could throw the whole dictionary. With
-    these weights it pulls as an error of `clip` mean lengths would; Adam bounds the step. Ordinary tokens have weight
-    1, exactly. Unlike clipping the gradient's norm, this is known before any gradient is, token by token.
+    Each token's error norm is clipped to `clip` times the batch mean. So one outlier cannot damage the dictionary.
+    Ordinary tokens have a weight of exactly 1. The weights are known before any gradient, which would not be so if the
+    gradient's norm were clipped.
 
-    The mean is over all processes: `total` sums over them. 0 switches clipping off.
+    The mean is over all processes: `total` sums over them. A `clip` of 0 switches clipping off.
     """
     if clip == 0:
         return torch.ones_like(squared)

@@ -16,8 +16,10 @@ from fluxsae.shards import ShardSet
 
 
 class FeatureAnalysis(Callback, ABC):
-    """An analysis of all images under `SAEScoring`: declare its `columns`, and fill them in. For example, on how few
-    images a feature is active, from 0 for all alike to almost 1 for one of many (Vinje and Gallant 2000):
+    """A callback of the scores stage that fills in columns of the features table.
+
+    A subclass declares its `columns` and returns their values from `finish`. This one says on how few images a feature
+    is active: 0 if it is equally strong on all, almost 1 if it is active on one of many (Vinje and Gallant 2000).
 
     ```python
     class Selectivity(fluxsae.FeatureAnalysis):
@@ -36,10 +38,11 @@ class FeatureAnalysis(Callback, ABC):
             return {"selectivity": (1 - mean.square() / square).tolist()}
     ```
 
-    A config names it as it names this project's own, by its class path, under `trainer.callbacks`; `features` is the
-    table. From then on `Selection(rank_by="selectivity")` ranks by it, and `row["selectivity"]` reads it.
+    A config names it by class path under `trainer.callbacks`, with `features` among its `init_args`. After a run,
+    `Selection(rank_by="selectivity")` ranks by the column and `row["selectivity"]` reads it.
 
-    With several processes each of them sees a part of the images: `finish` joins what they saw. The first one writes.
+    With several processes, each sees a part of the images, and `finish` must combine the parts. The first process
+    writes the table.
 
     Args:
         features: the features table.
@@ -51,17 +54,17 @@ class FeatureAnalysis(Callback, ABC):
         self.features = Path(features)
 
     def begin(self, module: SAEScoring, shards: ShardSet) -> None:
-        """Before the first batch: what is wrong is refused here, and what `update` adds to begins at nothing."""
+        """Called before the first batch: refuse wrong input, and set up what `update` adds to."""
 
     def update(self, batch: ImageScores) -> None:
-        """Take note of a batch's scores; memory must not grow with the number of images."""
+        """Called after each batch, with its scores. Memory should not grow with the number of images."""
 
     @abstractmethod
     def finish(self, trainer: Trainer) -> Mapping[str, Sequence[Any]]:
-        """When all images have been seen, the columns, each a sequence over features, None where unknown.
+        """Called in every process after the last batch: the columns, each a sequence over features.
 
-        Every process is asked, and may wait for the others; the first one's answer counts. A column that is left out
-        stays as it is in the table.
+        None means unknown. Processes may communicate here, and the answer of the first one counts. A column that is
+        left out stays as it is in the table.
         """
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,9 +20,14 @@ from fluxsae.scoring.reading import CodeReading
 
 
 class FeatureMapping(CodeReading):
-    """Reads tokens for callbacks that want the codes of some features, place by place, and pools nothing.
+    """Hands captured tokens to callbacks that map the codes of some features, such as `Overlays`.
 
-    Run it with `predict` on `ActivationData`, whose `only` names the images.
+    It computes no scores. Run it with `predict` on `ActivationData`; its `only` names the images to read.
+
+    Args:
+        sae: folder of an SAE, or a `.pt` checkpoint with `model_state_dict` and `config`.
+        allow: what may differ between this capture and the one that the SAE was trained on, see `SAEScoring`.
+        fused: compute codes by kernels where they can be used, see `SAEScoring`.
     """
 
     def predict_step(self, batch: TokenBatch) -> Int[Tensor, "B"]:

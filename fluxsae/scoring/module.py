@@ -20,9 +20,10 @@ from fluxsae.scoring.top_lists import TopLists
 
 
 class ImageScores(NamedTuple):
-    """What the callbacks get of a batch. `prompts` has one number a prompt text: equal numbers, equal prompts.
+    """The scores of a batch, as callbacks get them.
 
-    `fired` says on how many of an image's tokens a feature has a code. Codes themselves are nowhere in one piece.
+    `images` are the images' numbers. Images with the same prompt have the same number in `prompts`. `fired` says on how
+    many tokens of an image a feature has a code above 0. The codes themselves are not kept.
     """
 
     images: Int[Tensor, "B"]
@@ -32,10 +33,17 @@ class ImageScores(NamedTuple):
 
 
 class SAEScoring(CodeReading):
-    """Pools the codes of captured tokens and hands scores to the callbacks; run it with `predict` on `ActivationData`.
+    """Computes the scores of captured images and hands them to callbacks. Run it with `predict` on `ActivationData`.
 
-    The batches themselves are not kept: what callbacks write is the result, and memory does not grow with the data.
-    `top` are the lists of top images that callbacks ask for when a run starts, and read when it has ended.
+    The files that callbacks write are the result. Scores are not kept in memory, which does not grow with the number of
+    images. `top` holds the lists of top images. Callbacks ask for them when a run starts and read them when it ends.
+
+    Args:
+        sae: folder of an SAE, or a `.pt` checkpoint with `model_state_dict` and `config`.
+        allow: what may differ between this capture and the one that the SAE was trained on, such as
+            `[step, height, width]`. Prompts and seeds may always differ, and the width of tokens never.
+        fused: compute codes by kernels, with `precision: bf16-mixed` on an NVIDIA GPU, if they agree with PyTorch on
+            the first image. False always uses PyTorch.
     """
 
     top: TopLists

@@ -27,16 +27,16 @@ MAY_DIFFER = ("site", "step", *(f.name for f in fields(GenerationSpec) if f.name
 
 
 class CodeReading(LightningModule):
-    """Loads an SAE, refuses tokens that it does not belong to, and chooses how codes are computed.
+    """What `SAEScoring` and `FeatureMapping` share: it loads an SAE, checks the tokens, and chooses how codes are made.
 
-    `pooling` is how, from the start of a run on. `predict` on `ActivationData` runs what inherits from it.
+    `pooling` computes the codes, from the start of a run.
 
     Args:
         sae: folder of an SAE, or a `.pt` checkpoint with `model_state_dict` and `config`.
-        allow: what may differ between the tokens' capture and that which the SAE was trained on, such as
-            `[step, height, width]`. Other prompts and seeds always may; another width of tokens never.
-        fused: with `precision: bf16-mixed` on an NVIDIA GPU, compute codes by hand-made kernels, if they agree with
-            PyTorch's on the first image; false for PyTorch's alone.
+        allow: what may differ between this capture and the one that the SAE was trained on, such as
+            `[step, height, width]`. Prompts and seeds may always differ, and the width of tokens never.
+        fused: compute codes by kernels, with `precision: bf16-mixed` on an NVIDIA GPU, if they agree with PyTorch on
+            the first image. False always uses PyTorch.
     """
 
     def __init__(self, sae: Path, allow: list[str] | None = None, fused: bool = True) -> None:

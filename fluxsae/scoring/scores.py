@@ -21,10 +21,10 @@ IMAGE_COLUMNS = ("image", "prompt_id", "repetition", "seed", "prompt")
 
 @dataclass(frozen=True)
 class Scores:
-    """The score matrix of a capture as it lies on disk.
+    """The scores S of a capture, as the scores stage wrote them.
 
-    `matrix` is memory-mapped and read-only; row i belongs to row i of `images`, which has the columns
-    image, prompt_id, repetition, seed, prompt and one a prompt attribute, all as text.
+    `matrix` [images, features] is memory-mapped and read-only. Row i of `matrix` belongs to row i of `images`. That row
+    has `image`, `prompt_id`, `repetition`, `seed`, `prompt` and the prompt's attributes, all as text.
     """
 
     folder: Path
@@ -49,10 +49,10 @@ class Scores:
         return cls(folder, matrix, images, CaptureSpec.from_dict(summary["spec"]))
 
     def of_feature(self, feature: int) -> FeatureScores:
-        """The images on which a feature is active, and its scores there. IndexError for a feature that there is not.
+        """The images with a score above 0 for this feature, ascending, and these scores.
 
-        Scores that were written with `by_feature: true` are one stretch of the disk; in the matrix alone, each image's
-        lies on a page of its own.
+        Scores that were written with `by_feature: true` are read in one piece. Otherwise a page is read for each image.
+        Raises IndexError for a feature that does not exist.
         """
         n_features = self.matrix.shape[1]
         if not 0 <= feature < n_features:

@@ -59,7 +59,10 @@ class Channels(NamedTuple):
 
 
 def describe_channels(shards: ShardSet, n_tokens: int = 2**12) -> Channels:
-    """From about so many tokens, those of images that are evenly spread over a set of tokens."""
+    """Find channels that stand out in a set of tokens, and what fp8 would lose.
+
+    It reads about `n_tokens` tokens, from images spread evenly over the set. `print` shows the result as a sentence.
+    """
     images = shards.with_tokens
     n_images = min(len(images), max(1, n_tokens // shards.spec.n_tokens))
     shift: Tensor | None = None

@@ -53,9 +53,9 @@ class Stored(NamedTuple):
 
 
 class ShardSet:
-    """A finished shard set. Images are counted from 0 in the order of the capture, through all shards.
+    """A finished shard set, with random access. Images are counted from 0 through all shards.
 
-    Safe to hand to worker processes: maps and indices are made where they are used.
+    It can be sent to worker processes.
     """
 
     def __init__(self, folder: Path, metadata: ShardMetadata) -> None:

@@ -25,9 +25,10 @@ class Problem(NamedTuple):
 
 
 def verify(folder: str | Path) -> list[Problem]:
-    """Everything that is wrong with a finished set, at most one problem an image; empty when all is well.
+    """Compare a finished set with its checksums. The result lists problems, at most one for each image.
 
-    Raises FileNotFoundError or ValueError, as `ShardSet.open` does, when there is no readable metadata.
+    An empty list means that all is well. Raises FileNotFoundError or ValueError, as `ShardSet.open` does, when there is
+    no readable metadata.
     """
     shards = ShardSet.open(folder, complete=False)
     return [problem for entry in shards.metadata.shards for problem in _shard_problems(shards, entry)]

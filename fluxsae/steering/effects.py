@@ -95,14 +95,17 @@ def summarise(rows: Sequence[dict[str, Any]], labels: dict[int, str]) -> list[di
 
 
 class SteeringEffects(OneRunOnly):
-    """Leaves `effects.csv`, a row an image, and `summary.csv`, the means for feature and random direction side by side.
+    """Measures what steering changes, for features and for random directions of equal norm.
+
+    `effects.csv` has one row for each feature, variant and image. `summary.csv` has the means over images, with feature
+    and random direction side by side.
 
     Args:
         folder: where the tables go.
-        features: the features table, for each feature's top images.
-        images: folder of the captured images, which those are among.
-        clip: `local-dir:FOLDER`, or an open_clip model and weights, `ViT-B-32/openai`.
-        n_images: top images that a feature is measured against.
+        features: the features table, which names each feature's top images.
+        images: folder of the captured images.
+        clip: `bundled:tiny-clip`, `local-dir:FOLDER`, or an open_clip model and weights such as `ViT-B-32/openai`.
+        n_images: number of top images that a feature is measured against.
     """
 
     def __init__(

@@ -42,11 +42,13 @@ def grid(
 
 
 class SteeringGrids(OneRunOnly):
-    """Leaves `feature-00017.png` for each steered feature, and `grids.csv`, which says what stands where.
+    """Draws a grid of images for each steered feature: one row an image, one column a variant.
+
+    Grids are called `feature-00017.png`. `grids.csv` says which prompt, seed and variant each place shows.
 
     Args:
         folder: where the pictures go.
-        max_rows: images a grid.
+        max_rows: the most images in a grid.
     """
 
     def __init__(self, folder: Path, max_rows: int = 12) -> None:

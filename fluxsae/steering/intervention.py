@@ -51,18 +51,20 @@ def intervene(
 ) -> Iterator[None]:
     """Edit the tokens at a site in every call of `pipe` inside the context, for every image of the batch alike.
 
-    A token x becomes x + w · m · Δ, with w the schedule's weight at the step, m the mask's at the token, and Δ the sum
-    of strength · mean_norm · unit direction over what is added, and of (z' − z) · decoder row over the codes z that are
-    changed. Only the difference is added, so what the SAE does not explain of x is preserved, and edits that
-    change nothing (strength 0, scale 1) leave images equal to the bit. Codes are those of the tokens as they arrive:
-    an `intervene` or `record` entered earlier acts before this one. All passes of a step are edited.
+    A token x becomes x + w · m · Δ. Here w is the schedule's weight at the step, and m is the mask's weight at the
+    token. Δ is the sum of two parts: strength · mean_norm · unit direction for everything that is added, and
+    (z′ − z) · decoder row for every code z that is changed.
+
+    Only the difference is added. So the part of x that the SAE does not explain is kept. Edits that change nothing
+    (strength 0, scale 1) leave images equal bit for bit. Contexts act in the order in which they are entered, and codes
+    are computed from tokens as earlier contexts left them. All passes of a step are edited.
 
     Args:
         pipe: any `FluxPipeline`.
-        sae: whose features are meant; not needed for `direction` alone.
-        add: feature → strength, in units of `mean_norm`.
-        scale: feature → factor of its code.
-        clamp: feature → the value that its code takes on every token of the mask.
+        sae: the SAE whose features are edited; not needed for `direction` alone.
+        add: strength by feature, in units of `mean_norm`.
+        scale: factor of the code by feature.
+        clamp: new value of the code by feature, on every token of the mask.
         ablate: features whose codes become 0.
         direction: a direction of any length in activation space, added with `strength`.
         strength: of `direction`, in units of `mean_norm`.

@@ -62,24 +62,24 @@ class Steered(NamedTuple):
 
 
 class FluxSteering(LightningModule):
-    """Generates the images of a `PromptData` unsteered, steered by each feature, and by random directions.
+    """Generates each image of a `PromptData` unsteered, steered with each feature, and steered with random directions.
 
     Run it with `test`. Model, size, schedule, guidance and site are those of the SAE's capture.
 
     Args:
         sae: folder of an SAE, or a `.pt` checkpoint with `model_state_dict` and `config`.
-        select: which features, as a selection from the features table or as a list of their numbers.
-        strengths: of each feature, one after the other: for `add` in units of the mean token norm at the site;
-            for `scale` the factor of the code (0 ablates the feature); for `clamp` the code's new value, in units
-            of the feature's `max` where `select` names a features table.
+        select: the features: a selection from the features table, or a list of numbers.
+        strengths: the strengths to try for each feature. For `add` they are in units of the mean token norm at the
+            site. For `scale` they are factors of the code, and 0 removes the feature. For `clamp` they are new values
+            of the code, in units of the feature's `max` if `select` names a features table.
         mode: add the feature's direction, or scale or clamp its code.
-        first_step: the first 0-based step to edit.
-        last_step: the last step to edit; by default the schedule's last.
-        schedule: the edit's weight over those steps: constant, or falling from 1 as a line or a cosine.
-        mask: a picture whose brightness says how much each token is edited; by default all are.
-        n_random: random directions beside each strength.
-        model: a folder or hub id of the same weights, when they have moved since the capture.
-        shards: set of tokens that says what a `.pt` checkpoint was trained on; other SAEs know.
+        first_step: the first step to edit, from 0.
+        last_step: the last step to edit; by default the last of the schedule.
+        schedule: the weight of the edit over these steps: constant, or falling from 1 as a line or a cosine.
+        mask: a picture whose brightness says how much each token is edited; by default all tokens fully.
+        n_random: number of random directions for each strength.
+        model: a folder or hub id of the same weights, if they have moved since the capture.
+        shards: the set of tokens that a `.pt` checkpoint was trained on. SAE folders know theirs.
         seed: decides the random directions.
     """
 

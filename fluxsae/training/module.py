@@ -36,31 +36,33 @@ _logger = logging.getLogger(__name__)
 class SAETraining(SweepMember, TrainedOnTokens):
     """Minimises the squared error of normalised tokens, plus the SAE's own penalty, plus AuxK for dead features.
 
-    Tokens are centred and scaled by the shards' statistics, which become part of the SAE; so b_dec, which starts at 0,
-    starts at the data's mean. Decoder rows keep unit length. On the device, no step waits for the host.
+    Tokens are centred and scaled by the shards' statistics, which become part of the SAE. So a b_dec of 0 means the
+    mean of the data. Decoder rows keep length 1. Run it with `fit`; `validate` measures the SAE in `folder`.
 
     Args:
         sae: the autoencoder, of any kind.
-        folder: where the trained SAE goes.
-        lr: peak learning rate; by default 2e-4 / sqrt(F / 2^14), Gao et al.'s scaling law.
-        betas: Adam's.
-        warmup_steps: steps over which the learning rate rises from 0.
-        decay_fraction: share of all steps, at the end, over which it falls to 0.
-        sparsity_warmup_steps: steps over which the SAE's penalty (L1, JumpReLU, Gated) rises from 0.
-        aux_k: dead features that explain the residual together; by default half of d_in, and 0 switches AuxK off.
+        folder: where the trained SAE goes, with its logs and checkpoints.
+        lr: peak learning rate; by default 2e-4 / sqrt(F / 2^14), the scaling law of Gao et al. (2024).
+        betas: Adam's betas.
+        warmup_steps: number of steps over which the learning rate rises from 0.
+        decay_fraction: share of all steps, at the end, over which the learning rate falls to 0.
+        sparsity_warmup_steps: number of steps over which the SAE's penalty (L1, JumpReLU, Gated) rises from 0.
+        aux_k: number of dead features that explain the residual of a token together (AuxK). By default half of d_in; 0
+            switches AuxK off.
         aux_coef: weight of the auxiliary error.
-        dead_after: tokens without firing after which a feature counts as dead.
-        dead_bias_increment: what each step adds to a dead feature's encoder bias, until it fires: so much of √(D / k),
-            the size of a code where k rebuild a token. For kinds that expect k codes a token; 0 switches it off.
-        resample_every: steps between restarts of dead features; never by default.
+        dead_after: a feature is dead when it has not fired for more than this many tokens.
+        dead_bias_increment: what each step adds to the encoder bias of a dead feature until it fires, in units of
+            √(D / k). That is the size of a code when k codes rebuild a token. Kinds without `expected_l0` ignore it,
+            and 0 switches it off.
+        resample_every: number of steps between restarts of dead features; never by default.
         clip_tokens: each token's error norm is clipped to this many times the batch mean; 0 switches that off.
-        check_every: steps between counts of the dead features (each waits for the device once).
-        fused: whether steps are made by hand-made GPU kernels, by the same formulas: L1 and TopK in bf16-mixed
-            precision on NVIDIA GPUs. By default they are where they can be, and agree with autograd's on the first
-            batch; true refuses a run where they cannot or do not.
-        fp8_encoder: multiply by W_enc as fp8 numbers (e4m3) in hand-made steps, on a GPU that has them, such as an
-            H100; refused elsewhere. Weights, gradients and all other products stay as they are, and so does what the
-            trained SAE does.
+        check_every: number of steps between counts of dead features. Each count waits for the device once.
+        fused: whether to train by fused steps, which are Triton kernels with the same formulas. They serve L1 and TopK
+            in bf16-mixed precision on NVIDIA GPUs. By default they are used where they can be, and if they agree with
+            autograd on the first tokens. True refuses a run without them, and false never uses them.
+        fp8_encoder: multiply by W_enc in fp8 (e4m3) in fused steps. It needs a GPU with fp8, such as an H100, and is
+            refused elsewhere. Weights, gradients and all other products keep their precision. The trained SAE does not
+            use fp8.
     """
 
     def __init__(

@@ -28,13 +28,13 @@ _ADVICE = "Using ModelCheckpoint with manual optimization"
 
 
 class SweepTraining(TrainedOnTokens):
-    """Every batch trains every member, each with its own optimizer, dead features, folder and metrics.
+    """Trains several SAEs on the same batches. Each has its own optimizer, dead features, folder and metrics.
 
-    A member ends with the weights that it would get alone on the same tokens, if its SAE has a `seed`: without one,
-    its initial weights depend on the members before it. Metrics have the member's name: `train/NAME/fve`.
+    A member whose SAE has a `seed` ends with the weights that it would get alone on the same tokens. Without a seed,
+    its initial weights depend on the members before it. Metrics carry the member's name: `train/NAME/fve`.
 
     Args:
-        members: the trainings by name; letters, digits, hyphens and underscores.
+        members: the trainings by name. Names consist of letters, digits, hyphens and underscores.
     """
 
     def __init__(self, members: dict[str, SAETraining]) -> None:

@@ -21,13 +21,13 @@ MEMORY = 0.99
 class BatchTopK(SAE):
     """In training the N·k largest pre-activations of a batch, where positive; in inference all above a threshold.
 
-    The threshold is a running mean of the smallest pre-activation that training kept, so that the codes of a token do
-    not depend on the tokens beside it. It is 0, which keeps whatever is positive, until a first step has been made.
+    The threshold is a running mean of the smallest pre-activation that training kept. So in inference the codes of a
+    token do not depend on other tokens. Before the first step the threshold is 0, which keeps all that is positive.
 
     Args:
         d_in: width of a token.
         n_features: number of features.
-        k: features kept a token, on average.
+        k: mean number of features kept for a token.
         groups: prefixes of a Matryoshka SAE, see `SAE`.
         seed: decides the initial weights, see `SAE`.
     """

@@ -21,9 +21,11 @@ from fluxsae.sae.feature_rows import set_rows
 class Gated(SAE):
     """A feature is active where its gate π = W_enc (x - b_dec) + b_enc is positive; its code is its magnitude.
 
-    The magnitude is ReLU(exp(r) · W_enc (x - b_dec) + b_mag), with r and b_mag learned for each feature. The step of a
-    gate has no useful derivative. So training adds two terms that reach gates: `l1` times the mean over tokens of
-    Σ ReLU(π), and the squared error of a reconstruction from ReLU(π) by a decoder that gets no gradient (equation 7).
+    The magnitude is ReLU(exp(r) · W_enc (x - b_dec) + b_mag), with r and b_mag learned for each feature.
+
+    The step of a gate has no useful derivative. So training adds two terms that reach gates (equation 7). One is `l1`
+    times the mean over tokens of Σ ReLU(π). The other is the squared error of a reconstruction from ReLU(π), by a
+    decoder that gets no gradient.
 
     Args:
         d_in: width of a token.

@@ -20,17 +20,19 @@ from fluxsae.sae.sharding import Sharded
 
 
 class JumpReLU(SAE):
-    """A pre-activation that is above its feature's threshold is a code as it is; training penalises their number.
+    """Each feature has a learned threshold. A pre-activation above it is a code; all others are 0.
 
-    With L0 the mean number of codes, the penalty is `l0` · L0, or with `target_l0` `l0` · (L0 / target_l0 - 1)².
+    Training adds a penalty on L0, the mean number of codes for a token: `l0` · L0, or `l0` · (L0 / target_l0 - 1)²
+    with `target_l0`.
 
     Args:
         d_in: width of a token.
         n_features: number of features.
         l0: weight of the penalty, beside a squared error summed over channels of normalised tokens.
-        target_l0: number of codes a token to aim for; by default the fewer the better.
-        threshold: the thresholds' initial value; pre-activations have a standard deviation of about 1 at first.
-        bandwidth: ε; pre-activations within it move a threshold, and a wider one moves it faster, less exactly.
+        target_l0: the L0 to aim for; by default fewer codes are always better.
+        threshold: initial value of the thresholds. Pre-activations have a standard deviation of about 1 at first.
+        bandwidth: ε. Only pre-activations within ε/2 of a threshold move it. A wider one learns faster but less
+            exactly.
         groups: prefixes of a Matryoshka SAE, see `SAE`.
         seed: decides the initial weights, see `SAE`.
     """

@@ -22,10 +22,11 @@ class TopK(SAE):
     Args:
         d_in: width of a token.
         n_features: number of features.
-        k: features kept a token.
+        k: number of features kept for each token.
         groups: prefixes of a Matryoshka SAE, see `SAE`.
         seed: decides the initial weights, see `SAE`.
-        encoder_gain: see `SAE`. Codes that start small end better (docs/log.md), and which are chosen is the same.
+        encoder_gain: initial length of the encoder's rows. Small initial codes lead to a better FVE (docs/log.md). The
+            gain does not change which codes are chosen.
     """
 
     restart_gain: ClassVar[float] = 1.0  # a shorter row would never be among the k largest

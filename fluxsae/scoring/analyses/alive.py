@@ -75,15 +75,15 @@ class Activity(NamedTuple):
 class AliveStatistics(FeatureAnalysis):
     """Fills in alive, frequency, token_frequency, max, mean_active, std_active, n_images and class of the table.
 
-    The frequency is the share of images on which a feature is active, the token frequency that of tokens on which it
-    has a code above 0.
+    The frequency is the share of images on which a feature is active. The token frequency is the share of tokens on
+    which it has a code above 0.
 
     Args:
         features: the features table.
         epsilon: a feature is active on an image when S > epsilon.
-        min_images: a feature is alive when it is active on at least so many images.
-        rare: alive features of a lower frequency are of class rare.
-        common: features of a higher frequency are of class common; the others are moderate.
+        min_images: a feature is alive when it is active on at least this many images.
+        rare: alive features with a lower frequency have the class rare.
+        common: features with a higher frequency have the class common. Other alive features are moderate.
     """
 
     columns = (

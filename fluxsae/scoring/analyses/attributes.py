@@ -74,17 +74,20 @@ def compare(table: Sequence[Feature], n_features: int, min_share: float, seed: i
 
 
 class Attributes(FeatureAnalysis):
-    """Fills in label and label_share of the features table, and leaves the comparison of coherent and random features.
+    """Fills in label and label_share of the features table, and compares coherent with random features.
 
-    Reads the columns top_images, alive and coherence of the table when scoring has ended: name it after the callbacks
-    that fill them in, in this run or an earlier one. Without attributes in the prompts it only says so in the log.
+    A label is the rarest attribute value that at least `min_share` of the top images share, or else the most common
+    one. The comparison goes to `attributes.json`.
+
+    It reads the columns top_images, alive and coherence when scoring has ended. So name it after the callbacks that
+    fill them in, or run those earlier. If the prompts have no attributes, it writes nothing and says so in the log.
 
     Args:
-        features: the features table; the comparison goes to `attributes.json` beside it.
+        features: the features table; `attributes.json` is written beside it.
         prompts: the prompts file with the attributes.
-        n_images: how many of a feature's top images have to share a value.
-        n_compare: features in each group of the comparison.
-        min_share: share of the top images from which on an attribute counts as shared.
+        n_images: number of top images of a feature that are compared.
+        n_compare: number of features in each group of the comparison.
+        min_share: share of the top images that must have a value for it to count as shared.
         seed: decides the random features.
     """
 

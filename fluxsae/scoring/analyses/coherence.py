@@ -74,20 +74,20 @@ def share_out(candidates: Sequence[Sequence[int]], order: Sequence[int], n_image
 class Coherence(FeatureAnalysis):
     """Fills in coherence, coherence_null and coherence_rank (1 is the most coherent) of the features table.
 
-    Coherence is of exactly `n_images` images, since smaller sets are higher by chance more often: a feature that is
-    active on fewer prompts has none. The null is the mean over `n_null` random sets of as many images.
-    With several processes, each embeds its share of the images.
+    Coherence is the mean cosine over pairs of CLIP embeddings of a feature's top images. It always uses exactly
+    `n_images` images, because smaller sets are high by chance more often. So a feature that is active on fewer prompts
+    has no coherence. The null is the mean over `n_null` random sets of `n_images` images.
 
     Args:
         features: the features table.
         images: folder of the captured images.
-        clip: `local-dir:FOLDER`, or an open_clip model and weights, `ViT-B-32/openai`.
-        n_images: size of a set.
-        n_null: random sets for the null.
-        unique_prompts: at most one image of a prompt in a set.
-        unique_globally: no image exemplifies two features: in the order of coherence, features take their best images
-            that are left, and the column top_images is replaced by them (name this callback after TopImages).
-        batch_size: images that CLIP embeds at a time.
+        clip: `bundled:tiny-clip`, `local-dir:FOLDER`, or an open_clip model and weights such as `ViT-B-32/openai`.
+        n_images: number of images in a set.
+        n_null: number of random sets for the null.
+        unique_prompts: take at most one image of each prompt into a set.
+        unique_globally: no image may stand for two features. In the order of coherence, each feature takes its best
+            images that are left. They replace the column top_images, so name this callback after `TopImages`.
+        batch_size: number of images that CLIP embeds at a time.
         seed: decides the random sets.
     """
 

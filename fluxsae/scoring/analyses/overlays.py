@@ -92,25 +92,25 @@ def _to_bytes(values: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
 
 
 class Overlays(OneRunOnly):
-    """Leaves maps of codes on top images, and pictures with them for a selection; generates nothing again.
+    """Writes maps of codes on top images, and draws pictures of selected features. No image is generated again.
 
-    `FeatureMapping` is the module for it. Under `SAEScoring`, as in the first edition, it leaves the same more slowly.
+    Use it with `FeatureMapping`. `SAEScoring` works too, as in the first edition, but is slower.
 
-    All maps are in `maps.npy` [P, R, C], and `maps-index.npy` says of which feature and image each is. Pictures are
-    `feature-00017.png`; `overlays.csv` has a row an image of them: its largest code, where on the grid that is, the
-    code shown in full colour, and the row of its map.
+    `maps.npy` [P, R, C] holds all maps, and `maps-index.npy` says which feature and image each of them shows. Pictures
+    are called `feature-00017.png`. `overlays.csv` has one row for each image in a picture: its largest code, the place
+    of that code on the token grid, the code shown in full colour, and the row of its map.
 
     Args:
         folder: where to write.
         images: folder of the captured images.
-        select: of which features to draw pictures, and with how many of their top images.
-        mode: `smooth` or `patch`.
+        select: the features to draw, and how many of their top images.
+        mode: `smooth` interpolates between tokens, `patch` shows each token as 16×16 pixels.
         clip_percentile: the percentile of the codes that is shown in full colour.
-        scale: one for all images of a feature, or one an image.
+        scale: `shared` is one colour scale for all images of a feature, `image` is one for each image.
         colormap: a colour map of matplotlib.
-        side_by_side: the picture itself to the left of each overlay.
-        keep: of which features and top images to keep maps, beside those that are drawn. The data's `only` must let
-            all their images through.
+        side_by_side: put the plain image to the left of each overlay.
+        keep: the features and top images whose maps are kept, in addition to those that are drawn. The data's `only`
+            must include all these images.
     """
 
     def __init__(

@@ -19,17 +19,16 @@ from fluxsae.shards import ShardSet
 
 
 class ScoresWriter(OneRunOnly):
-    """Leaves `matrix.npy` (S, float32 [I, F]), `images.csv` (its rows) and `scores.json`, which says both are whole.
+    """Writes S to `matrix.npy` (float32 [I, F]), its rows to `images.csv`, and at last `scores.json`.
 
-    Rows of images that the capture skipped stay 0.
-
-    Several processes write their rows into one file, so `folder` must be one that all of them see.
+    Rows of images that the capture skipped are 0. Several processes write into one file, so all of them must see
+    `folder`.
 
     Args:
         folder: where to write.
         prompts: a prompts file; the attributes of its prompts become columns of `images.csv`.
-        by_feature: leave S in the order of features and without its zeros, too (see `by_feature.py`). Where a tenth of
-            S is above 0 that takes a fifth of its space, and a feature's scores are in one place.
+        by_feature: also write S in the order of features, without its zeros. One feature's scores are then in one
+            place. If a tenth of S is above 0, this takes a fifth of the space of `matrix.npy`.
     """
 
     def __init__(self, folder: Path, prompts: Path | None = None, by_feature: bool = False) -> None:

@@ -18,12 +18,12 @@ COLUMN = Column("top_images", "ints", "the images on which it is strongest, best
 
 
 class TopImages(FeatureAnalysis):
-    """Fills in the column top_images of the features table.
+    """Fills in top_images of the features table: the images on which a feature is strongest, best first.
 
     Args:
         features: the features table.
-        n_images: images to keep a feature.
-        unique_prompts: at most one image of a prompt.
+        n_images: number of images for each feature.
+        unique_prompts: take at most one image of each prompt.
     """
 
     columns = (COLUMN,)

@@ -18,10 +18,10 @@ from torch.optim import Adam
 
 @dataclass(frozen=True)
 class Objective:
-    """What training adds to an SAE's own loss, or takes from it.
+    """What training changes about an SAE's own loss.
 
-    Each token's error norm is clipped to `clip_tokens` times the batch mean (0: not at all). The `aux_k` strongest dead
-    features of a token are to explain what the others left; the squared error of that joins the loss `aux_coef` times.
+    Each token's error norm is clipped to `clip_tokens` times the batch mean; 0 switches that off. The `aux_k` strongest
+    dead features of a token learn to explain the residual, and `aux_coef` times the squared error of that is added.
     """
 
     clip_tokens: float = 10.0
@@ -45,7 +45,7 @@ class RunFacts(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A batch as a step saw it: squared error a channel, fraction of variance explained, codes above 0 a token."""
+    """Metrics of a training batch: squared error of a channel, fraction of variance explained, codes above 0."""
 
     mse: Float[Tensor, ""]
     fve: Tensor
@@ -72,8 +72,8 @@ class Fired(NamedTuple):
 class TrainingStep(ABC):
     """Training steps of one SAE: `forward`, `backward`, `finish_gradients`, `update`, for each batch.
 
-    Between steps weights may be as the next step wants them. Whoever else reads or writes weights, or reads Adam's
-    moments, calls `synchronize_weights` first, in all processes that train the SAE together.
+    Between steps, weights may be in a form that only the next step understands. So call `synchronize_weights` before
+    you read or write weights or read Adam's moments, in all processes that train the SAE together.
     """
 
     gradients_by_autograd: bool

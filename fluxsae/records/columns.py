@@ -66,10 +66,7 @@ class Column:
 
 
 def encode(column: Column, values: Sequence[Any]) -> list[Any]:
-    """The values as `write_columns` takes them, what is no number being unknown.
-
-    ValueError for a value of another kind than the column's.
-    """
+    """The values as `write_columns` takes them; NaN becomes None. ValueError for a value of another kind."""
     for kind in set(map(type, values)) - {type(None)}:
         if not _fits(kind, column.kind):
             example = next(value for value in values if type(value) is kind)

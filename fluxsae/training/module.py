@@ -33,7 +33,7 @@ _logger = logging.getLogger(__name__)
 
 
 class TrainedOnTokens(LightningModule):
-    """A training that tests as it validates: on the held-out tokens."""
+    """A training whose `test` does the same as its `validate`: both use the held-out tokens."""
 
     def on_test_epoch_start(self) -> None:
         self.on_validation_epoch_start()
@@ -201,7 +201,7 @@ class SAETraining(TrainedOnTokens):
         self._schedule.step()
 
     def synchronize_weights(self) -> None:
-        """Between steps: bring weights up to date for whoever reads them, and take what others wrote."""
+        """Between steps: bring weights up to date before others read them, and take over what others wrote."""
         if self._step is not None:
             self._step.synchronize_weights()
 

@@ -112,7 +112,7 @@ def _init(options: argparse.Namespace) -> int:
     print(f"  {sites} at step {steps}.")
     for text in start.check:
         print(f"  Check: {text}")
-    print(f"Run it, from anywhere, with:\n  fluxsae study -c {shlex.quote(str(start.folder / 'study.yaml'))}")
+    print(f"Run it with:\n  fluxsae study -c {shlex.quote(str(start.folder / 'study.yaml'))}")
     return 0
 
 

@@ -55,7 +55,7 @@ class Figures:
 
 
 def draw_figures(figures: Figures) -> list[Path]:
-    """Draw what is asked for; the paths of the pictures."""
+    """Draw the figures whose inputs are named, and return the paths of the pictures."""
     drawn: list[Path] = []
 
     def place(name: str) -> Path:

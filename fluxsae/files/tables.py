@@ -15,7 +15,7 @@ _FORMULA = frozenset("=+-@\t\r'")
 def write_csv(path: str | Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Write `rows` under a header of `columns`; floats with 9 significant digits, None as an empty field.
 
-    Fields are text to whoever reads the file: one that a spreadsheet would run as a formula gets a leading apostrophe.
+    A text that a spreadsheet would run as a formula gets a leading apostrophe, which reading removes.
     """
     _write_fields(path, columns, ([_field(row.get(column)) for column in columns] for row in rows))
 

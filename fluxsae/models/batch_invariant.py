@@ -1,7 +1,7 @@
-"""Computes each image of a batch as if it were alone, to the bit.
+"""Computes each image of a batch as if it were alone, equal bit for bit.
 
-A matrix product of another number of rows may add its terms in another order: on a CPU a vector an image, as in FLUX's
-modulations, meets another routine alone than in a batch, and rows are spread over threads by their number.
+A matrix product with another number of rows may add its terms in another order, and then rounds differently. On a CPU,
+a single vector is multiplied by another routine than a batch of vectors, and threads share rows by their number.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 class BatchInvariantLinear(TorchFunctionMode):
     """Inside this context linear layers are computed image by image, where the first dimension is `n_images` long.
 
-    All else stays batched: attention, elementwise functions and normalisations round each image alike in any batch.
+    Everything else stays batched. Attention, elementwise functions and normalisations round an image in the same way in
+    any batch.
     """
 
     def __init__(self, n_images: int) -> None:

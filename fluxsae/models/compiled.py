@@ -21,10 +21,10 @@ def is_compiled(transformer: nn.Module) -> bool:
 
 
 class Uncompiled:
-    """Inside this context whatever contains one of `modules` runs as it is written.
+    """Inside this context, every block that contains one of `modules` runs uncompiled.
 
-    A compiled block would not see hooks that were put into it later, or would be compiled anew as they change. The
-    context may be entered again once it was left, and blocks may be in several.
+    A compiled block would not see hooks that are added later, or would be compiled again when they change. The context
+    can be entered again after it was left, and a block can be in several contexts.
     """
 
     def __init__(self, transformer: nn.Module, modules: Iterable[nn.Module]) -> None:

@@ -21,7 +21,7 @@ from fluxsae.files import hash_json, whole_file
 
 
 class PromptEmbeddings(NamedTuple):
-    """What FLUX reads of prompts: T5's token states and CLIP's pooled state."""
+    """Prompts as FLUX's transformer reads them: T5's token states and CLIP's pooled state."""
 
     prompt: Float[Tensor, "B L E"]
     pooled: Float[Tensor, "B P"]
@@ -39,15 +39,14 @@ def encode_prompts(pipe: FluxPipeline, prompts: Sequence[str], text_length: int)
 
 
 class EmbeddingsAhead:
-    """Brings the embeddings of batches to a device, those of the next one while the images of one are made.
+    """Brings the embeddings of a batch to a device, while the images of the batch before are generated.
 
-    On a GPU a thread does it, on a stream of its own: encoders of this size are short of work for a GPU, and whoever
-    makes images does not wait for them.
+    On a GPU, a thread does this on a CUDA stream of its own, so that the sampler does not wait for the encoders.
 
     Args:
-        cache: where embeddings come from; nobody else must ask it meanwhile.
-        device: where they are wanted.
-        beside: whether the next ones come meanwhile; by default on a GPU.
+        cache: where embeddings come from. Nothing else may use it meanwhile.
+        device: where embeddings go.
+        beside: whether to fetch the next embeddings while images are generated; by default on a GPU.
     """
 
     def __init__(self, cache: EmbeddingCache, device: torch.device, beside: bool | None = None) -> None:
@@ -116,11 +115,11 @@ class EmbeddingCache:
     """Encodes each prompt once; with a folder also across runs and processes.
 
     Args:
-        folder: where embeddings are kept, a safetensors file a prompt; with None those of the last call are kept in
-            memory, which suffices where repetitions of a prompt follow one another.
-        pipe: whose text encoders are used.
-        model_hash: the identity of its weights, `fluxsae.models.load.weights_identity`.
-        text_length: text tokens a prompt.
+        folder: where embeddings are kept, one safetensors file for each prompt. If None, only those of the last call
+            are kept, in memory. That is enough when repetitions of a prompt follow each other.
+        pipe: the pipeline whose text encoders are used.
+        model_hash: the identity of its weights, see `weights_identity`.
+        text_length: number of text tokens of a prompt.
     """
 
     def __init__(self, folder: Path | None, pipe: FluxPipeline, model_hash: str, text_length: int) -> None:

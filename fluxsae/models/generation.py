@@ -109,9 +109,9 @@ def generate(
 def decode_latents(
     pipe: FluxPipeline, latents: Float[Tensor, "B T C"], height: int, width: int
 ) -> UInt8[Tensor, "B H W 3"]:
-    """The pixels of finished latents, as the pipeline itself would round them; nothing waits for the device.
+    """The pixels of finished latents, rounded as the pipeline rounds them. Nothing waits for the device.
 
-    Images are decoded one by one: they do not depend on their batch, and take the memory of one.
+    Images are decoded one at a time. So they do not depend on their batch, and need the memory of one.
     """
     config = pipe.vae.config
     unpacked = pipe._unpack_latents(latents, height, width, pipe.vae_scale_factor)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class Offloaded:
-    """Blocks whose weights lie in host memory; while one is computed, the next one of them is on its way.
+    """Blocks whose weights are in host memory. While one of them is computed, the next one is copied to the device.
 
-    So the device holds two of them at most. Weights change in no bit. Between passes the first is already on its way.
+    So the device holds at most two of them. Weights stay equal bit for bit. Between passes, the first one is copied.
 
     Args:
         blocks: in the order in which they run, with weights on the CPU.

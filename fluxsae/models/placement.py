@@ -13,14 +13,14 @@ from fluxsae.models.offload import Offloaded, spread
 def to_device(
     pipe: FluxPipeline, device: torch.device, *, n_offloaded: int = 0, compiled: bool = False
 ) -> FluxPipeline:
-    """Bring what `pipe` holds to `device` and return it.
+    """Move `pipe` to `device` and return it.
 
     Args:
-        pipe: a pipeline, on the CPU or already there.
-        device: where it is to run.
-        n_offloaded: so many of the transformer's single-stream blocks stay in host memory, evenly spread, and are
-            copied to the device while blocks before them are computed. ValueError when there are fewer.
-        compiled: compile the transformer's blocks, except those.
+        pipe: a pipeline on the CPU or on `device`.
+        device: where it will run.
+        n_offloaded: number of single-stream blocks that stay in host memory. They are evenly spread, and each is copied
+            to the device while blocks before it are computed. ValueError if the transformer has fewer.
+        compiled: compile the transformer's other blocks.
     """
     blocks = _to_offload(pipe.transformer, n_offloaded)
     for name, part in pipe.components.items():

@@ -24,7 +24,7 @@ Key = tuple[str, int]
 
 
 class TapeIsFull(Exception):
-    """Leaves a call of the pipeline at the module that completed the tape: what follows it is not wanted."""
+    """Ends a call of the pipeline as soon as the tape is complete."""
 
 
 class Tape(Mapping[Key, Tensor]):
@@ -58,7 +58,7 @@ class Tape(Mapping[Key, Tensor]):
         return len(self) == len(self._sites) * len(self._steps)
 
     def start(self, n_steps: int) -> None:
-        """Forget the last call of the pipeline: another begins."""
+        """Forget the last call of the pipeline, because another one begins."""
         self._tokens.clear()
         self._schedule = n_steps
 

@@ -66,10 +66,7 @@ class Column:
 
 
 def encode(column: Column, values: Sequence[Any]) -> list[Any]:
-    """The values as `write_columns` takes them, what is no number being unknown.
-
-    ValueError for a value of another kind than the column's.
-    """
+    """The values as `write_columns` takes them; NaN becomes None. ValueError for a value of another kind."""
     for kind in set(map(type, values)) - {type(None)}:
         if not _fits(kind, column.kind):
             example = next(value for value in values if type(value) is kind)
@@ -91,6 +88,11 @@ def decode(column: Column, texts: Sequence[str]) -> list[Value]:
         return [parse(text) for text in texts]
     except ValueError as error:
         raise ValueError(f"column {column.name!r} is of kind {column.kind} but {error}") from error
+
+
+def as_stored(column: Column, texts: Sequence[str]) -> Sequence[Any]:
+    """A column that was read, for writing it again: numbers as numbers, since text with a minus looks like a formula."""
+    return encode(column, decode(column, texts)) if column.kind in ("int", "float") else texts
 
 
 def column_of(name: str, texts: Sequence[str], declared: Mapping[str, Column]) -> Column:

@@ -16,6 +16,7 @@ from fluxsae.records.columns import (
     RANKING,
     Column,
     Value,
+    as_stored,
     column_of,
     decode,
     encode,
@@ -131,8 +132,11 @@ def update_features(path: str | Path, columns: Mapping[str, Sequence[Any]], decl
     Raises ValueError when a column's length differs from the table's, or when a value is not of the declared kind.
     """
     path = Path(path)
-    table: dict[str, Sequence[Any]] = dict(read_columns(path)) if path.exists() else {}
-    said = read_declared(path) if table.get("feature") else {}  # what lies beside no table is of an earlier one
+    texts = read_columns(path) if path.exists() else {}
+    said = read_declared(path) if texts.get("feature") else {}  # what lies beside no table is of an earlier one
+    table: dict[str, Sequence[Any]] = {
+        name: as_stored(column_of(name, texts[name], said), texts[name]) for name in texts
+    }
     if not table.get("feature"):
         table = {"feature": range(len(next(iter(columns.values()))))}
     n_features = len(table["feature"])

@@ -15,7 +15,7 @@ Row = tuple[int, str, Mapping[str, Any]]
 
 
 class Prompt(NamedTuple):
-    """A prompt, its position in the file, and what is known of the scene, such as `{"background": "blue"}`."""
+    """A prompt, its position in the file, and attributes of the scene, such as `{"background": "blue"}`."""
 
     id: int
     text: str

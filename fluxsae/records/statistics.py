@@ -42,7 +42,7 @@ class Statistics(NamedTuple):
 
 
 def merge_sums(sums: Sequence[Sums]) -> Sums:
-    """Sums over all parts, merged in the order given (Chan et al. 1979): one order gives one result to the bit."""
+    """Sums over all parts (Chan et al. 1979). They are merged in the given order, so the result is always the same."""
     total = sums[0]
     for part in sums[1:]:
         n = total.n_tokens + part.n_tokens

@@ -20,10 +20,10 @@ from fluxsae.runtime.cuda_graphs import clear_all
 
 
 class Processes(NamedTuple):
-    """Process `rank` of `n` that see different tokens; `group` is theirs, or None where that is all of the run's.
+    """Process `rank` of `n` processes that see different tokens. `group` is None if these are all processes of the run.
 
-    Those that share the features of one SAE see the same tokens, and count as one. Nothing here waits for a device:
-    Lightning's own `strategy.reduce` would, as it sets up a barrier first.
+    Processes that share the features of one SAE see the same tokens and count as one. No method waits for a device;
+    Lightning's own `strategy.reduce` does, because it sets up a barrier first.
     """
 
     rank: int
@@ -46,7 +46,7 @@ class Processes(NamedTuple):
         return self._reduce(sums, dist.ReduceOp.SUM)
 
     def all_reduce_async(self, sums: Shaped[Tensor, "*shape"]) -> dist.Work:
-        """Begin to add up over processes, in place, beside what the device is asked to do next; `wait` for the end."""
+        """Start a sum over processes, in place. It runs beside later work of the device; `wait` for its end."""
         work = dist.all_reduce(sums, group=self.group, async_op=True)
         assert work is not None
         return work
@@ -62,13 +62,13 @@ class Processes(NamedTuple):
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def reduce_scatter_async(self, sums: Shaped[Tensor, "N *D"], share: Shaped[Tensor, "M *D"]) -> dist.Work:
-        """Begin to add up over processes what is this process's share of the rows, in `share`; `wait` for the end."""
+        """Start a sum over processes of this process's share of the rows, into `share`; `wait` for its end."""
         work = dist.reduce_scatter_tensor(share, sums, group=self.group, async_op=True)
         assert work is not None
         return work
 
     def all_gather_(self, rows: Shaped[Tensor, "N *D"]) -> dist.Work:
-        """Begin to give each process's `share` of the rows to all others, in place; `wait` for the end."""
+        """Start to send each process's `share` of the rows to all others, in place; `wait` for its end."""
         given = rows.view(torch.uint8) if rows.dtype.itemsize == 1 else rows  # not all know how to send fp8
         work = dist.all_gather_into_tensor(given, given[self.share(len(rows))], group=self.group, async_op=True)
         assert work is not None

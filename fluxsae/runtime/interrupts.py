@@ -40,9 +40,9 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM raise `Interrupted`. Other threads than the main one get no signals anyway.
+    """Inside this context, SIGINT and SIGTERM raise `Interrupted` in the main thread.
 
-    Python drops what is raised while it destroys an object, so a signal that comes just then is sent again.
+    Python drops an exception that is raised while it destroys an object. A signal that arrives then is sent again.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -19,12 +19,12 @@ _AT_ONCE = 1 << 25
 
 
 class SharedArray:
-    """An `.npy` file that appears under its name when all its rows have been written, by whichever processes.
+    """An `.npy` file that several processes write. It appears under its name when all rows have been written.
 
-    The host's memory does not grow with it, as it is a memory map; nor is there much left to write at the end.
+    It is a memory map, so it takes no host memory of its own.
 
     Args:
-        trainer: whose processes write to it; all of them must see the file's folder.
+        trainer: the Trainer whose processes write to it. All of them must see the file's folder.
         path: the file.
         shape: of the array.
     """

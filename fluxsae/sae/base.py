@@ -288,7 +288,7 @@ class SAE(nn.Module, ABC):
 
 
 def checked_k(k: int, n_features: int) -> int:
-    """k itself. ValueError when so many features cannot be kept."""
+    """k itself. ValueError if it is below 1 or above n_features."""
     if not 1 <= k <= n_features:
         raise ValueError(f"k is {k}, expected 1 to n_features = {n_features}.")
     return k

@@ -92,6 +92,9 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def _build(path: Path, config: dict[str, Any]) -> SAE:
     try:
         kind = find_kind(config.get("class_path", f"fluxsae.{config['kind']}"))  # the first edition wrote names alone
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not describe an SAE that can be had here: {error}") from error
+    try:
         sae = kind(config["d_in"], config["n_features"], **config["options"])
         sae.spec = CaptureSpec.from_dict(config["spec"]) if config["spec"] is not None else None
         sae.mean_norm = config["mean_norm"]

@@ -1,4 +1,4 @@
-"""Kinds of SAEs by class path: what a file says of an SAE's kind, and the class that it means."""
+"""Kinds of SAEs by class path: the path that a file stores, and the class that a path names."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fluxsae.sae.base import SAE
 
 
 def class_path(kind: type[SAE]) -> str:
-    """What a file says of a kind: `fluxsae.TopK` for one of ours, wherever it lies, else its module and name.
+    """The class path by which a file names a kind: `fluxsae.TopK` for this package's kinds, else module and name.
 
-    ValueError for a class that another process could not find again.
+    ValueError for a class that another process could not import.
     """
     if kind.__module__ == "__main__" or "." in kind.__qualname__:
         raise ValueError(
@@ -25,10 +25,10 @@ def class_path(kind: type[SAE]) -> str:
 
 
 def find_kind(path: str) -> type[SAE]:
-    """The kind that a class path means; its module is imported, as a config's would be.
+    """The kind that a class path names. Its module is imported. So a file can name installed code, but brings none.
 
-    ValueError for what is no class path, for a module that is not there or belongs to Python itself, and for a class
-    that is no kind of SAE. A file can so name code that is installed here, but never brings its own.
+    ValueError for a malformed path, for a module that is missing or belongs to Python's own library, and for a class
+    that is no subclass of `SAE`.
     """
     module, _, name = path.rpartition(".")
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", path) or not module:

@@ -27,8 +27,8 @@ from fluxsae.sae.feature_rows import rows_here, whole
 class Sharded(SAE):
     """An SAE that `shard` has spread. Pre-activations and codes are of the features held here, all else is of all.
 
-    Every process computes the same reconstruction, so the gradient of its own rows needs no other process. Only b_dec
-    acts through the features of all.
+    Every process computes the same reconstruction, so gradients of its own rows need no other process. Only the
+    gradient of b_dec is summed over processes.
     """
 
     group: dist.ProcessGroup
@@ -152,7 +152,7 @@ def average_gradients(sae: SAE) -> None:
 
 
 def gather(sae: SAE) -> SAE:
-    """The whole SAE, on the CPU; one that is not sharded as it is. Every process that shares it must ask."""
+    """The whole SAE, on the CPU. An SAE that is not sharded is returned as it is. All its processes must call this."""
     if not isinstance(sae, Sharded):
         return sae
     one = sae.whole_kind(sae.d_in, sae.n_features, **sae.options())

@@ -36,7 +36,7 @@ class MapIndex:
 
     @classmethod
     def of(cls, *selections: tuple[Sequence[Feature], int]) -> MapIndex:
-        """The maps of some features on so many of their top images; a feature selected twice has the more of them."""
+        """The maps of selected features on their top images. A feature in two selections gets the larger number."""
         images: dict[int, tuple[int, ...]] = {}
         for rows, n_images in selections:
             for row in rows:

@@ -22,7 +22,7 @@ from fluxsae.shards.tar import index_tar, map_tar
 
 
 class Kept(NamedTuple):
-    """What is whole of a shard: so many bytes, the images in them (skipped ones, too), and their hash so far."""
+    """The whole part of an open shard: its bytes, the images in them with the skipped ones, and the hash so far."""
 
     n_bytes: int
     images: list[int]

@@ -40,7 +40,7 @@ class Tar(NamedTuple):
 
 
 def open_tar(path: Path, n_bytes: int) -> Tar:
-    """A tar of so many bytes. FileNotFoundError when it is missing, ValueError when it is of another size."""
+    """Open a tar of a known size. FileNotFoundError if it is missing, ValueError if its size differs."""
     tar = map_tar(path)
     if len(tar) != n_bytes:
         where = _last_member(tar, path)

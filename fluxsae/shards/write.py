@@ -1,4 +1,4 @@
-"""Writes a shard set: one tar a shard, whole or absent, the same bytes whoever writes it and however often.
+"""Writes a shard set. A shard is one tar, which is whole or absent. The same samples always give the same bytes.
 
 Legend: T tokens an image, D width.
 """

@@ -63,7 +63,7 @@ class Study:
 
 
 class Step(NamedTuple):
-    """What is to be done about a stage, and why; no reason means nothing."""
+    """A stage, its key, and the reason to run it. An empty reason means that it is skipped."""
 
     stage: Stage
     key: str

@@ -25,7 +25,7 @@ PLACES = (
 
 
 def report(folder: Path) -> Iterator[str]:
-    """Lines on what is there; what is not is left out."""
+    """Lines about the results that exist in a study's folder."""
     yield f"\nWhat {folder} holds"
     yield from _captured(folder)
     yield from _autoencoders(folder)

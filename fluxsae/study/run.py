@@ -31,10 +31,10 @@ def run_study(
     until: str | None = None,
     root: Path | None = None,
 ) -> None:
-    """Bring the study in `config` up to date, telling how it goes, and end by telling what it found.
+    """Run the stages of the study in `config` that are missing or changed, and print a report.
 
-    What a stage left under another configuration is moved to `replaced/` in the study's folder, one generation of it;
-    a stage that was interrupted goes on where it stopped.
+    The earlier results of a changed stage are moved to `replaced/` in the study's folder, which keeps one generation. A
+    stage that was interrupted continues where it stopped.
 
     Args:
         config: the study's file.

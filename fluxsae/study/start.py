@@ -122,6 +122,8 @@ def _changed(texts: dict[str, str], chosen: _Choice, settings: dict[str, Any], w
     changed = {}
     for name, text in texts.items():
         text = text.replace(*shards)
+        if chosen.model != settings["model"]:  # comments say whose SAE it is
+            text = re.sub(r"^(#.*?) (?:on|of) (?:the bundled FLUX|FLUX\.1-dev)\b", r"\1", text, flags=re.MULTILINE)
         for key, value in {**values.get(name, {}), **({} if width is None else {"d_in": width})}.items():
             text = _with_value(text, key, value)
         changed[name] = text

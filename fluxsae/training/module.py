@@ -179,7 +179,7 @@ class SAETraining(SweepMember, TrainedOnTokens):
         self.dead_features.after_step(self.sae, *self._making.fired())
 
     def synchronize_weights(self) -> None:
-        """Between steps: bring weights up to date for whoever reads them, and take what others wrote."""
+        """Between steps: bring weights up to date before others read them, and take over what others wrote."""
         if self._step is not None:
             self._step.synchronize_weights()
 

@@ -151,3 +151,14 @@ def test_what_a_killed_run_left_half_written_goes(table: Path) -> None:
         part.touch()
     update_features(table, {"max": [1.0] * 4}, [Column("max", "float", "largest score")])
     assert not any(part.exists() for part in parts)
+
+
+def test_numbers_stay_numbers_when_a_later_analysis_writes(tmp_path: Path) -> None:
+    """Text that begins with a minus gets an apostrophe, which other readers would not take for a number."""
+    table = tmp_path / "features.csv"
+    update_features(table, {"coherence": [-0.021, 0.5, None], "gini": [-1.5, 2.0, 3.0]})
+    first = table.read_text()
+    update_features(table, {"label": ["-a", "", "b"]})
+    assert "-0.021" in first and "'-0.021" not in table.read_text() and "'-1.5" not in table.read_text()
+    assert [row.coherence for row in read_features(table)] == [-0.021, 0.5, None]
+    assert [row.label for row in read_features(table)] == ["-a", "", "b"]

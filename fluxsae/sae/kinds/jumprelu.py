@@ -76,7 +76,7 @@ class JumpReLU(SAE):
         return ThresholdForm(self.W_enc, self.b_enc, self.threshold)
 
     def sharded_form(self) -> type[SAE] | None:
-        return ShardedJumpReLU if self.target_l0 is None else None  # a target ties all features together
+        return _ShardedJumpReLU if self.target_l0 is None else None  # a target ties all features together
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         return torch.where(pre_acts <= self.threshold, 0.0, pre_acts)  # NaN stays NaN
@@ -95,7 +95,7 @@ class JumpReLU(SAE):
         set_rows(self.log_threshold, features, math.log(self.initial))
 
 
-class ShardedJumpReLU(Sharded, JumpReLU):
+class _ShardedJumpReLU(Sharded, JumpReLU):
     """JumpReLU, whose features have their thresholds for themselves."""
 
 

@@ -49,8 +49,8 @@ class L1(SAE):
         return FusedForm(None, self.l1) if len(self.groups) == 1 else None
 
     def sharded_form(self) -> type[SAE]:
-        return ShardedL1
+        return _ShardedL1
 
 
-class ShardedL1(Sharded, L1):
+class _ShardedL1(Sharded, L1):
     """L1, whose features do not compete."""

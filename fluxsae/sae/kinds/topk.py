@@ -57,7 +57,7 @@ class TopK(SAE):
         return FusedForm(self.k) if len(self.groups) == 1 else None
 
     def sharded_form(self) -> type[SAE]:
-        return ShardedTopK
+        return _ShardedTopK
 
     def activate(self, pre_acts: Float[Tensor, "*batch F"]) -> Float[Tensor, "*batch F"]:
         flat = pre_acts.reshape(-1, self.n_features)
@@ -82,7 +82,7 @@ class TopK(SAE):
         )
 
 
-class ShardedTopK(Sharded, TopK):
+class _ShardedTopK(Sharded, TopK):
     """The k largest of all processes' pre-activations."""
 
     def activate(self, pre_acts: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:

@@ -30,10 +30,10 @@ class Shared(NamedTuple):
 def shared_attribute(
     images: Sequence[frozenset[str]], frequency: Mapping[str, float], min_share: float = 0.8
 ) -> Shared:
-    """The attribute value that tells most of `images`: of those that at least `min_share` of them have, the one of the
-    lowest `frequency` in all prompts, since most pictures hold something large; when there is none, the commonest.
+    """The attribute value that says most about `images`.
 
-    An image counts for each value it has; one whose prompt leaves an attribute unsaid counts against it.
+    Of the values that at least `min_share` of the images have, it is the one with the lowest `frequency` in all
+    prompts. If there is none, it is the most common value. An image counts for each value that it has.
     """
     counts = Counter(value for values in images for value in values)
     if not counts:

@@ -66,7 +66,7 @@ class AutogradStep(TrainingStep):
         loss.backward(*arguments, **named)
 
     def finish_gradients(self, optimizer: StepAdam) -> None:
-        """Where the gradient is not finite, Adam leaves weights and moments as they are; no host is asked."""
+        """If a gradient is not finite, Adam leaves weights and moments unchanged. The host is not asked."""
         average_gradients(self.sae)
         self.sae.remove_parallel_gradient()
         gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]

@@ -105,11 +105,11 @@ class TrainingStep(ABC):
 
     @abstractmethod
     def synchronize_weights(self) -> None:
-        """Bring weights up to date for whoever reads them, and take what others wrote; in all processes together."""
+        """Bring weights up to date for other readers, and take over what others wrote. Call it in all processes."""
 
 
 class StepAdam(Adam):
-    """torch's Adam, whose step a `TrainingStep` makes; the state is the same whoever makes it."""
+    """torch's Adam, whose step is made by a `TrainingStep`. Its state is the same for every kind of step."""
 
     made_by: TrainingStep | None = None
 

@@ -91,7 +91,7 @@ def decode(column: Column, texts: Sequence[str]) -> list[Value]:
 
 
 def as_stored(column: Column, texts: Sequence[str]) -> Sequence[Any]:
-    """A column that was read, for writing it again: numbers as numbers, since text with a minus looks like a formula."""
+    """A column that was read, for writing it again: numbers as numbers, as text with a minus looks like a formula."""
     return encode(column, decode(column, texts)) if column.kind in ("int", "float") else texts
 
 

@@ -39,7 +39,8 @@ STAGES = {path.stem for path in CONFIGS.glob("*/*.yaml")} - {"study", "figures"}
 VARIANTS = ("batch-topk", "gated", "jumprelu", "matryoshka", "sweep")
 """Further trainings on a study's capture, which it does not run by itself."""
 TRAININGS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if "max_epochs" in path.read_text()]
-BLOCKS = {"tiny": (2, 4), "flux-dev": (19, 38)}
+BLOCKS = {"tiny": (2, 4), "flux-dev": (16, 2)}
+"""Dual-stream and single-stream blocks of the stand-ins: as many as the sites in the configs ask for."""
 N_FEATURES, WIDTH = 48, 16
 HOSTILE = "=fox {} $x^$ \x1b[2J\u202e\n../../etc/passwd, <b>%s 🦊" + "a" * 10_000
 """As prompt and as the label of every feature: what terminals, pictures, tables and file names could trip over."""
@@ -123,7 +124,7 @@ def test_a_study_s_folder_is_said_once(path: Path) -> None:
 
 @pytest.fixture(scope="module", params=STUDIES)
 def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configs of a study, rewritten for a random FLUX of the same block counts; the path of its study.yaml."""
+    """The configs of a study, rewritten for a random FLUX that has their sites; the path of its study.yaml."""
     folder: Path = tmp_path_factory.mktemp(request.param)
     n_dual, n_single = BLOCKS[request.param]
     random_flux(folder / "flux", n_dual, n_single, heads=1, head_width=WIDTH, text_length=8, sample_size=32)

@@ -65,12 +65,12 @@ def test_when_one_process_fails_the_others_are_ended() -> None:
 @pytest.mark.slow
 def test_all_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.json"
-    sizes = ["--plain", "1", "--prompts", "1", "--study", "18", "--batch-size", "24"]
+    sizes = ["--plain", "1", "--prompts", "1", "--study", "10", "--batch-size", "24"]
     run_all(["--tiny", *sizes, "--folder", str(tmp_path), "--json", str(path)])
     found = json.loads(path.read_text())
-    assert [one["n_images"] for one in found["captures"]] == [1, 4, 4, 72]
+    assert [one["n_images"] for one in found["captures"]] == [1, 4, 4, 40]
     tokens, images, maps = (one["n"] for one in found["stages"])
-    assert 0 < tokens <= 2 * 72 * 16 and images == 72 and maps >= 16  # 16 images of a feature
+    assert 0 < tokens <= 2 * 40 * 16 and images == 40 and maps >= 16  # 16 images of a feature
     assert all(one["seconds"] > 0 and one["host_gigabytes"] > 0 for one in found["stages"])
     assert [one["share"] > 0 for one in found["scores"]] == [True] * 4
     assert "10,000 images" in capsys.readouterr().out and not list(tmp_path.glob("tmp*"))

@@ -27,8 +27,9 @@ from fluxsae.sae import SAE, Metrics, class_path, gather, save_sae, shard
 from fluxsae.training.dead_features import DeadFeatures, take_older_counts
 from fluxsae.training.held_out import HeldOut
 from fluxsae.training.protocols import SweepMember, TrainedOnTokens
+from fluxsae.training.schedule import lr_factor
 from fluxsae.training.steps import Objective, Outcome, RunFacts, StepAdam, TrainingStep, choose_step
-from fluxsae.training.training_log import TrainingLog, at, lr_factor
+from fluxsae.training.training_log import TrainingLog, at
 
 _logger = logging.getLogger(__name__)
 

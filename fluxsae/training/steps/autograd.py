@@ -72,8 +72,8 @@ class AutogradStep(TrainingStep):
         gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
         bad = ~whole(torch.nn.utils.get_total_norm(gradients)).isfinite()
         optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as GradScaler tells fused optimizers
-        is_first = bad & (self._first_bad < 0).to(bad.device)
-        self._first_bad = torch.where(is_first, self._n_updates, self._first_bad.to(bad.device))
+        is_first = bad & (self._first_bad < 0)
+        self._first_bad = torch.where(is_first, self._n_updates, self._first_bad)
 
     def update(self, optimizer: StepAdam) -> None:
         optimizer.step_by_gradients()
